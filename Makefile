@@ -1,0 +1,45 @@
+# Two commands: `make demo` and `make test`. Both build one .venv through constraints.txt; the stamp
+# files make a second run call no pip, so that it also works offline.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.stamps
+# Another torch build, for example TORCH_INDEX=https://download.pytorch.org/whl/cu130
+TORCH_INDEX ?=
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+PINS   := -c constraints.txt
+
+.PHONY: demo test lint install official clean
+
+demo: $(STAMP)/project
+	$(BIN)/llm2vec-fast demo
+
+test: $(STAMP)/project
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)/project
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+install: $(STAMP)/project
+
+# The official llm2vec with the old transformers it needs, to be compared with and measured against.
+official: $(STAMP)/project
+	$(BIN)/python -m benchmarks.official setup
+
+$(STAMP)/venv:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (make PYTHON=python3.12)")'
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMP) && touch $@
+
+# torch first and alone: whatever is installed later finds it there and fetches no other build.
+$(STAMP)/torch: constraints.txt $(STAMP)/venv
+	$(PIP) install -q $(PINS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) install -q $(PINS) "setuptools>=77"
+	touch $@
+
+$(STAMP)/project: pyproject.toml setup.py $(STAMP)/torch
+	$(PIP) install -q $(PINS) --no-build-isolation -e '.[demo,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

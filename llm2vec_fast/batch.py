@@ -1,0 +1,77 @@
+"""PackedBatch: the one value that flows from the tokenizer to the pooling."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Several texts end to end, without padding. T tokens in all, B texts.
+
+    ids:         (T,) int32 token ids
+    positions:   (T,) int32, each token's position in its own text
+    cu_seqlens:  (B + 1,) int32, text b holds tokens cu_seqlens[b] to cu_seqlens[b + 1]
+    spans:       (B, 2) int32, the tokens [start, end) that are pooled, counted in the batch
+    max_seqlen:  tokens of the longest text
+    lengths:     tokens of each text, kept on the host (nothing ever asks the device for them)
+    """
+
+    ids: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    spans: Tensor
+    max_seqlen: int
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def build(
+        cls,
+        ids: Sequence[Sequence[int] | np.ndarray],
+        spans: Sequence[tuple[int, int]] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> PackedBatch:
+        """Packs texts given as token ids; this is where values are checked, once, on the host.
+
+        ids:     B sequences of token ids, none of them empty
+        spans:   B pairs [start, end) within each text, default the whole text
+        raises:  ValueError naming the text that is empty or whose span is not inside it
+        """
+        lengths = tuple(len(text) for text in ids)
+        if not lengths:
+            raise ValueError("PackedBatch: no texts; an empty batch has no forward pass")
+        spans = [(0, n) for n in lengths] if spans is None else spans
+        if len(spans) != len(lengths):
+            raise ValueError(f"PackedBatch: {len(lengths)} texts but {len(spans)} spans")
+        for row, (n, (start, end)) in enumerate(zip(lengths, spans, strict=True)):
+            if not 0 <= start < end <= n:
+                raise ValueError(
+                    f"PackedBatch: text {row} has {n} tokens and the span [{start}, {end}); "
+                    "each text needs a token and a span of at least one token inside it"
+                )
+        total, count = sum(lengths), len(lengths)
+        # One buffer, pinned where that helps, so that one copy brings everything to the device.
+        on_cuda = torch.device(device).type == "cuda"
+        host = torch.empty(2 * total + count + 1 + 2 * count, dtype=torch.int32, pin_memory=on_cuda)
+        flat = host.numpy()
+        bounds = [0, *itertools.accumulate(lengths)]
+        np.concatenate(ids, out=flat[:total], casting="same_kind")
+        flat[total : 2 * total] = np.arange(total) - np.repeat(bounds[:-1], lengths)
+        flat[2 * total : 2 * total + count + 1] = bounds
+        flat[2 * total + count + 1 :] = (np.asarray(spans) + np.asarray(bounds)[:-1, None]).ravel()
+        sent = host.to(device, non_blocking=True)
+        parts = sent.split([total, total, count + 1, 2 * count])
+        return cls(*parts[:3], parts[3].view(count, 2), max(lengths), lengths)
+
+    @property
+    def n_tokens(self) -> int:
+        return self.ids.shape[0]
+
+    def __len__(self) -> int:
+        return len(self.lengths)

@@ -1,0 +1,159 @@
+"""The forward pass of LLaMA, Mistral, Qwen2 and Qwen3 on packed texts; read it top to bottom.
+
+T tokens, B texts, D model, N query heads, K kv heads, H head dim, F feed-forward, S = (N + 2K) H
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm2vec_fast import ops
+from llm2vec_fast.batch import PackedBatch
+from llm2vec_fast.model.config import ModelConfig, Rope
+
+Tables = tuple[Tensor, Tensor]
+
+
+class Norm(nn.Module):
+    """RMSNorm fused with the residual add before it."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x_TD: Tensor, residual_TD: Tensor | None) -> tuple[Tensor, Tensor]:
+        return ops.add_rms_norm(x_TD, residual_TD, self.weight, self.eps)
+
+
+class Linear(nn.Module):
+    """nn.Linear without its random initialisation: the weights come from a file."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return F.linear(x_TD, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    """Token ids to vectors; like Linear, without initialisation."""
+
+    def __init__(self, vocab_size: int, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, size))
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        return F.embedding(ids_T, self.weight)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, causal: bool, window: int | None):
+        super().__init__()
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+        self.head_dim, self.causal = config.head_dim, causal
+        # The official library drops the sliding window once attention is bidirectional.
+        self.window = window if causal else None
+        heads = config.n_heads + 2 * config.n_kv_heads
+        self.qkv = Linear(config.hidden_size, heads * config.head_dim, config.qkv_bias)
+        self.o = Linear(config.n_heads * config.head_dim, config.hidden_size, config.o_bias)
+        self.q_norm = Norm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = Norm(config.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x_TD: Tensor, batch: PackedBatch, rope: Tables) -> Tensor:
+        qkv_TS = self.qkv(x_TD)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_TNH, k_TKH, v_TKH = self.heads(qkv_TS)
+            q_TNH, k_TKH = self.q_norm(q_TNH, None)[0], self.k_norm(k_TKH, None)[0]
+            qkv_TS = torch.cat([q_TNH, k_TKH, v_TKH], dim=1).flatten(1)
+        ops.rope_(qkv_TS, batch.positions, *rope, self.n_heads, self.n_kv_heads)
+        o_TNH = ops.attention(
+            *self.heads(qkv_TS), batch.cu_seqlens, batch.max_seqlen,
+            causal=self.causal, window=self.window,
+        )  # fmt: skip
+        return self.o(o_TNH.flatten(1))
+
+    def heads(self, qkv_TS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of the queries, keys and values in the fused projection."""
+        N, K = self.n_heads, self.n_kv_heads
+        return qkv_TS.unflatten(1, (-1, self.head_dim)).split([N, K, K], dim=1)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, width = config.hidden_size, config.intermediate_size
+        self.gate_up = Linear(D, 2 * width, config.mlp_bias)
+        self.down = Linear(width, D, config.mlp_bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down(ops.swiglu(self.gate_up(x_TD)))
+
+
+class Block(nn.Module):
+    """The residual travels beside the activations, so that each add fuses into the norm after it."""
+
+    def __init__(self, config: ModelConfig, causal: bool, window: int | None):
+        super().__init__()
+        self.attn_norm = Norm(config.hidden_size, config.norm_eps)
+        self.attn = Attention(config, causal, window)
+        self.mlp_norm = Norm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_TD: Tensor, residual_TD: Tensor | None, batch: PackedBatch, rope: Tables):
+        x_TD, residual_TD = self.attn_norm(x_TD, residual_TD)
+        x_TD = self.attn(x_TD, batch, rope)
+        x_TD, residual_TD = self.mlp_norm(x_TD, residual_TD)
+        return self.mlp(x_TD), residual_TD
+
+
+class Transformer(nn.Module):
+    """Token ids to last hidden states, after the final norm; no language-model head."""
+
+    def __init__(self, config: ModelConfig, causal: bool = False):
+        super().__init__()
+        self.config, self.causal = config, causal
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, causal, w) for w in config.layer_windows)
+        self.norm = Norm(config.hidden_size, config.norm_eps)
+        self._rope: Tables | None = None
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """(T, D) hidden states of a packed batch, in the weights' dtype."""
+        rope = self.rope_tables(batch.max_seqlen, batch.ids.device)
+        x_TD, residual_TD = self.embed(batch.ids), None
+        for layer in self.layers:
+            x_TD, residual_TD = layer(x_TD, residual_TD, batch, rope)
+        return self.norm(x_TD, residual_TD)[0]
+
+    def rope_tables(self, length: int, device: torch.device) -> Tables:
+        """cos and sin of at least `length` positions, each (P, H/2) fp32; made once, grown by doubling."""
+        if self._rope is None or len(self._rope[0]) < length or self._rope[0].device != device:
+            positions = max(512, 1 << (length - 1).bit_length())
+            self._rope = rope_tables(self.config.rope, self.config.head_dim, positions, device)
+        return self._rope
+
+
+def rope_tables(rope: Rope, head_dim: int, positions: int, device: torch.device) -> Tables:
+    """cos and sin tables, (positions, head_dim / 2) fp32 each.
+
+    source: llama3 scaling as in Meta's llama-models (apply_scaling), computed in fp32 as there
+    """
+    exponent_E = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    freq_E = 1.0 / rope.theta**exponent_E
+    if rope.kind == "linear":
+        freq_E = freq_E / rope.factor
+    elif rope.kind == "llama3":
+        # Short wavelengths stay, long ones are stretched by `factor`, those between are blended.
+        turns_E = rope.original_max_position * freq_E / (2 * math.pi)
+        blend_E = (turns_E - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        blend_E = blend_E.clamp(0, 1)
+        freq_E = (1 - blend_E) * freq_E / rope.factor + blend_E * freq_E
+    angle_PE = torch.arange(positions).float()[:, None] * freq_E
+    return angle_PE.cos().to(device), angle_PE.sin().to(device)

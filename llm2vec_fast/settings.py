@@ -1,0 +1,148 @@
+"""What a model is loaded with: arguments over saved files over defaults, settled and checked once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from llm2vec_fast.model.config import ModelConfig
+from llm2vec_fast.model.source import Sources
+from llm2vec_fast.text import OfficialTokenizer, Template, TextTokenizer, find_template
+
+OFFICIAL_FILE = "llm2vec_config.json"
+OWN_FILE = (
+    "llm2vec_fast.json"  # what the official file has no room for: its reader refuses other keys
+)
+OFFICIAL = {
+    "pooling_mode": "mean",
+    "max_length": 512,
+    "doc_max_length": 400,
+    "skip_instruction": True,
+}
+POOLING = {
+    "mean": "mean",
+    "weighted_mean": "weighted_mean",
+    "last_token": "last",
+    "eos_token": "last",
+    "bos_token": "first",
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def settle(
+    sources: Sources,
+    config: ModelConfig,
+    *,
+    compat: str,
+    template: str | None,
+    enable_bidirectional: bool | None,
+    **official,
+) -> dict:
+    """All settings of an encoder as plain JSON values, in the official names where there is one.
+
+    An argument that is None was not given: the file beside the model counts, then the default.
+    raises: ValueError naming the setting or file and what is wrong with it
+    """
+    if compat not in ("fixed", "official"):
+        raise ValueError(f"compat must be 'fixed' or 'official', got {compat!r}")
+    told, own = _read(sources.settings / OFFICIAL_FILE), _read(sources.settings / OWN_FILE)
+    settings = {
+        name: _first(official[name], told.get(name), default) for name, default in OFFICIAL.items()
+    }
+    if official["max_length"] and not official["doc_max_length"] and compat == "fixed":
+        settings["doc_max_length"] = official["max_length"]
+    if settings["pooling_mode"] not in POOLING:
+        raise ValueError(
+            f"pooling_mode {settings['pooling_mode']!r} is unknown; known: {', '.join(POOLING)}"
+        )
+    for name in ("max_length", "doc_max_length"):
+        value = settings[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if template != "auto":
+        chosen = Template.parse(template)
+    elif own.get("template"):
+        chosen = Template.parse(own["template"])
+    else:
+        chosen = find_template(config.name_or_path, sources.name, sources.base_name)
+    bidirectional = _first(enable_bidirectional, own.get("enable_bidirectional"), True)
+    return settings | {
+        "enable_bidirectional": bool(bidirectional),
+        "template": str(chosen),
+        "compat": compat,
+    }
+
+
+def make_tokenizer(sources: Sources, settings: dict, config: ModelConfig) -> TextTokenizer:
+    """The tokenizer of a model under its settings, in the fixed or the official manner."""
+    kind = OfficialTokenizer if settings["compat"] == "official" else TextTokenizer
+    tokenizer = kind(
+        sources.tokenizer,
+        template=Template.parse(settings["template"]),
+        **{name: settings[name] for name in OFFICIAL},
+    )
+    if isinstance(tokenizer, OfficialTokenizer):
+        tokenizer.end_with(config.family, config.name_or_path or sources.name)
+    return tokenizer
+
+
+def choose_device(device, device_map) -> torch.device:
+    """One device: as asked, else the GPU if there is one."""
+    if device is None and isinstance(device_map, dict):
+        if len(device_map) != 1:
+            raise ValueError(
+                "device_map over several devices is not supported: a model is on one device"
+            )
+        device = next(iter(device_map.values()))
+    elif device is None and device_map != "auto":
+        device = device_map
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {str(device)!r} was asked for, but torch {torch.__version__} sees no GPU"
+        )
+    return device
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The computing type; auto = bf16 on CUDA and on CPUs with instructions for it, else fp32."""
+    name = str(dtype).removeprefix("torch.")
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" or _cpu_has_bf16() else torch.float32
+    if name == "fp8":
+        raise ValueError("dtype 'fp8' is not built yet in this version; use 'bfloat16'")
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}; got {dtype!r}")
+    return DTYPES[name]
+
+
+def as_names(names: str | Path | Sequence[str | Path] | None) -> list[str]:
+    if names is None:
+        return []
+    return [str(names)] if isinstance(names, str | Path) else [str(name) for name in names]
+
+
+def _cpu_has_bf16() -> bool:
+    # Without AVX-512/AMX bf16 instructions, bf16 on a CPU is about nine times slower than fp32.
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _first(*values):
+    return next(value for value in values if value is not None)
+
+
+def _read(path: Path) -> dict:
+    if not path.exists():
+        return {}
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(told, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return told
