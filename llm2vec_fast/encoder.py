@@ -1,6 +1,6 @@
 """LLM2Vec: from a model directory and texts to vectors.
 
-text -> tokenize -> pack -> PackedBatch -> Transformer -> hidden (T, D) -> ops.pool -> vectors (B, D)
+text -> tokenize -> pack -> PackedBatch -> Transformer -> hidden (T, D) -> ops.pool -> (B, D)
 """
 
 from __future__ import annotations
@@ -76,18 +76,20 @@ class LLM2Vec(nn.Module):
         """Loads a model from local directories or hub names.
 
         base_model_name_or_path:  a model, or a directory with an adapter that names its base
-        peft_model_name_or_path:  a LoRA adapter, or a list: stacked in order. All are merged into the
-                                  weights, whatever `merge_peft` says.
+        peft_model_name_or_path:  a LoRA adapter, or a list: stacked in order. All are merged into
+                                  the weights, whatever `merge_peft` says.
         enable_bidirectional:     False keeps the causal mask; default True
         pooling_mode:             mean | weighted_mean | last_token | eos_token | bos_token
-        max_length:               tokens of the whole sequence; given without doc_max_length, sets both
+        max_length:               tokens of the whole sequence; given without doc_max_length, sets
+                                  both
         doc_max_length:           tokens of the text alone
         skip_instruction:         pool the text only, not the instruction before it
-        dtype, torch_dtype:       computing type: auto (bf16 on CUDA; on a CPU bf16 only where it has
-                                  instructions for it, else fp32) | float32 | bfloat16 | float16
+        dtype, torch_dtype:       computing type: auto (bf16 on CUDA; on a CPU bf16 only where it
+                                  has instructions for it, else fp32) | float32 | bfloat16 | float16
         device, device_map:       default: the GPU if there is one
         compat:                   "fixed", or "official": ids, spans and truncation as llm2vec 0.2.3
-        template:                 "auto" (saved, else by the model's name), "none", or "...{text}..."
+        template:                 "auto" (saved, else by the model's name), "none", or
+                                  "...{text}..."
         attn_implementation:      accepted for the official signature; the backend is chosen by
                                   llm2vec_fast.ops.backend
         Explicit arguments win over llm2vec_config.json, which wins over the defaults.
@@ -155,14 +157,16 @@ class LLM2Vec(nn.Module):
         sentences:         one text, a list of texts, or a list of [instruction, text]
         batch_size:        at most so many texts in a batch; never changes a vector
         show_progress_bar: default: on a terminal, for more than one window of texts
-        convert_to_numpy:  a numpy array instead of a torch tensor (convert_to_tensor wins, as officially)
+        convert_to_numpy:  a numpy array instead of a torch tensor (convert_to_tensor wins, as
+                           officially)
         device:            moves the model there first
         instruction:       put before every text and, by skip_instruction, not pooled
         tokens_per_batch:  tokens in a forward pass; never changes a vector beyond rounding
         truncate_dim:      keep the first so many dimensions (Matryoshka), before normalising
-        precision:         float32 | float16 | int8 (symmetric per row) | binary (packed sign bits, uint8)
-        returns:           (N, D) on the CPU, or (D,) for a single text; [] gives (0, D). An empty text is
-                           the zero vector.
+        precision:         float32 | float16 | int8 (symmetric per row) | binary (packed sign bits,
+                           uint8)
+        returns:           (N, D) on the CPU, or (D,) for a single text; [] gives (0, D). An empty
+                           text is the zero vector.
         raises:            ValueError naming the row that is not text, or whose vector is not finite
         """
         texts, instructions, single = _rows(sentences, instruction)
@@ -223,8 +227,8 @@ class LLM2Vec(nn.Module):
         """Writes the model in the official layout.
 
         merge_before_save: write whole weights, which any program loads. Otherwise a model that has
-                           adapters is saved as one adapter (several become one of their summed rank);
-                           a model without adapters is always written whole.
+                           adapters is saved as one adapter (several become one of their summed
+                           rank); a model without adapters is always written whole.
         save_config:       also llm2vec_config.json
         """
         path = Path(path)
@@ -247,7 +251,7 @@ class LLM2Vec(nn.Module):
         write_json(own, path / OWN_FILE)
 
     def _export_config(self) -> dict:
-        """config.json of merged weights: what it was, plus what makes others see both directions."""
+        """config.json of merged weights: the old one, and what tells others to look both ways."""
         config = dict(self.model.config.source)
         bidirectional = self.settings["enable_bidirectional"]
         kind = self.model.config.family.capitalize()

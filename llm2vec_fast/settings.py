@@ -1,4 +1,4 @@
-"""What a model is loaded with: arguments over saved files over defaults, settled and checked once."""
+"""What a model is loaded with: arguments over saved files over defaults, checked once."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Safetensors files on disk: which ones belong to a model, what is in them, their raw bytes.
 
 Everything is refused before anything is allocated. The safetensors library checks each header; the
-bytes are then read straight into their destination through one small buffer, so that loading needs no
-second copy of the weights and no resident memory map.
+bytes are then read straight into their destination through one small buffer, so that loading needs
+no second copy of the weights and no resident memory map.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def open_checkpoint(directory: Path) -> dict[str, TensorOnDisk]:
 
 
 def _inside(directory: Path, name: object) -> Path:
-    """The file `name` of a directory; refused if it leads elsewhere. A hub cache may link to its blobs."""
+    """The file `name` of a directory, refused if it leads out (a hub cache's blobs excepted)."""
     if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
         raise WeightsError(f"{directory}: {name!r} is not the name of a file in this directory")
     path = directory / name
@@ -152,7 +152,7 @@ class Reader:
                 self._fill(file, want, source)
                 piece = flat[done // width : (done + want) // width]
                 piece.copy_(self._buffer[:want].view(dtype))
-                # A sum is the cheapest look: NaN and infinity survive it, finite weights stay finite.
+                # A sum is the cheapest look: NaN and infinity survive it, finite weights do not.
                 self._checks.append((source.name, piece.sum(dtype=torch.float32).isfinite()))
                 done += want
 
@@ -169,8 +169,8 @@ class Reader:
         if self._checks and not torch.stack([ok for _, ok in self._checks]).all():
             bad = sorted({name for name, ok in self._checks if not ok})
             raise WeightsError(
-                f"NaN or infinite weights in {bad[0]!r}{f' and {len(bad) - 1} more' * (len(bad) > 1)} "
-                "(in the dtype they are loaded to)"
+                f"NaN or infinite weights, in the dtype they are loaded to, in {len(bad)} tensors, "
+                f"first {bad[0]!r}"
             )
 
 

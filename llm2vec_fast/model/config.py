@@ -1,4 +1,4 @@
-"""ModelConfig, read from Hugging Face's config.json: families differ by fields, never by classes."""
+"""ModelConfig from Hugging Face's config.json: families differ by fields, never by classes."""
 
 from __future__ import annotations
 

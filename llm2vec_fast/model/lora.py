@@ -31,8 +31,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Settings that change what the adapter computes and that this engine does not have: refused if set.
 UNSUPPORTED = (
-    "use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias", "megatron_config", "alora_invocation_tokens",
-    "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora", "arrow_config",
+    "use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias", "megatron_config",
+    "alora_invocation_tokens", "layer_replication", "target_parameters",
+    "trainable_token_indices", "use_qalora", "use_bdlora", "arrow_config",
 )  # fmt: skip
 
 
@@ -121,7 +122,7 @@ def open_adapter(directory: Path, model: ModelConfig) -> Adapter:
 def _by_module(tensors: dict[str, TensorOnDisk], path: Path) -> dict[str, dict[str, TensorOnDisk]]:
     found: dict[str, dict[str, TensorOnDisk]] = {}
     for name, tensor in tensors.items():
-        # base_model.model.layers... from a bare model, base_model.model.model.layers... from a CausalLM
+        # base_model.model.layers from a bare model, base_model.model.model.layers from a CausalLM
         hit = re.fullmatch(
             r"base_model\.model\.(?:model\.)?(layers\..+)\.lora_([AB])\.weight", name
         )
@@ -173,7 +174,7 @@ def _update(
 
 
 def _pattern(patterns: dict | None, name: str, default: float):
-    """PEFT's rank_pattern and alpha_pattern: the first regular expression that ends the name wins."""
+    """PEFT's rank_pattern and alpha_pattern: the first expression that ends the name wins."""
     for key, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({key})$", name) or re.match(rf"(.*\.)?({key})$", f"model.{name}"):
             return value
@@ -182,7 +183,7 @@ def _pattern(patterns: dict | None, name: str, default: float):
 
 @torch.no_grad()
 def merge(model: Transformer, adapters: Sequence[Adapter]) -> None:
-    """Adds the updates of all adapters to the weights: summed in fp32, rounded to their dtype once."""
+    """Adds the updates of all adapters to the weights: summed in fp32, rounded once."""
     parameters = dict(model.named_parameters())
     for name, slot in name_map(model.config).items():
         module = name.removesuffix(".weight")

@@ -13,8 +13,9 @@ from llm2vec_fast.model.transformer import Transformer
 def check_attention_mode(model: Transformer) -> None:
     """Raises RuntimeError if the first layer is not causal, or not bidirectional, as asked.
 
-    Other libraries turned silently causal more than once. Here the layer itself is asked, on two made-up
-    texts of four positions that differ in the last one only: does the first position change?
+    Other libraries turned silently causal more than once. Here the layer itself is asked, on two
+    made-up texts of four positions that differ in the last one only: does the first position
+    change?
     """
     weight, length = model.embed.weight, 4
     noise = torch.randn(2 * length, weight.shape[1], generator=torch.Generator().manual_seed(0))
@@ -27,7 +28,7 @@ def check_attention_mode(model: Transformer) -> None:
     if changed == model.causal:
         asked, got = ("causal", "bidirectional") if model.causal else ("bidirectional", "causal")
         raise RuntimeError(
-            f"attention was asked to be {asked}, but the first position acts {got}: the attention backend "
-            f"is wrong ({ops.available('attention', weight.device.type, weight.dtype)}), or the attention "
-            "weights of the first layer are zero"
+            f"attention was asked to be {asked}, but the first position acts {got}: the attention "
+            f"backend is wrong ({ops.available('attention', weight.device.type, weight.dtype)}), "
+            "or the attention weights of the first layer are zero"
         )

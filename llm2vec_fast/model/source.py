@@ -14,10 +14,10 @@ FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 
 @dataclass(frozen=True)
 class Sources:
-    """The directories a model is made of. `name` is what the user called it, for templates and saving."""
+    """The directories a model is made of; `name` is what the user called it."""
 
     name: str
-    config: Path  # config.json: of the named directory (official adapters carry a copy), else the base's
+    config: Path  # config.json: beside the named adapter (official ones carry it), else the base's
     base: Path  # weights
     adapters: tuple[Path, ...]  # merged in this order
     settings: Path  # where llm2vec_config.json is looked for
@@ -36,7 +36,7 @@ def find(name: str) -> Path:
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.exists():
         raise ValueError(f"{name!r} is not a directory with a model, and cannot be a hub name")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(FILES)))
@@ -47,12 +47,13 @@ def find(name: str) -> Path:
 
 
 def resolve(base_name: str, peft_names: list[str]) -> Sources:
-    """Follows the official layouts: a base, a directory that holds config.json *and* an adapter (its
-    adapter_config.json names the base), or an adapter alone; then the adapters named explicitly."""
+    """Follows the official layouts: a base, a directory that holds config.json *and* an adapter
+    (its adapter_config.json names the base), or an adapter alone; then the adapters named
+    explicitly.
+    """
     name, directory = base_name, find(base_name)
     first, adapters = directory, [find(peft) for peft in peft_names]
-    tokenizer = directory
-    followed = 0
+    tokenizer, followed = directory, 0
     while (directory / ADAPTER_CONFIG).exists():
         adapters.insert(0, directory)
         if has_weights(directory):
@@ -61,7 +62,7 @@ def resolve(base_name: str, peft_names: list[str]) -> Sources:
         followed += 1
         if not isinstance(parent, str) or not parent or followed > 8:
             raise AdapterError(
-                f"{directory / ADAPTER_CONFIG}: base_model_name_or_path {parent!r} names no base model"
+                f"{directory / ADAPTER_CONFIG}: base_model_name_or_path {parent!r} names no model"
             )
         base_name, directory = parent, find(parent)
     if not any((tokenizer / f).exists() for f in ("tokenizer.json", "tokenizer.model")):

@@ -97,7 +97,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """The residual travels beside the activations, so that each add fuses into the norm after it."""
+    """The residual travels beside the activations: each add fuses into the norm after it."""
 
     def __init__(self, config: ModelConfig, causal: bool, window: int | None):
         super().__init__()
@@ -133,7 +133,7 @@ class Transformer(nn.Module):
         return self.norm(x_TD, residual_TD)[0]
 
     def rope_tables(self, length: int, device: torch.device) -> Tables:
-        """cos and sin of at least `length` positions, each (P, H/2) fp32; made once, grown by doubling."""
+        """cos and sin of at least `length` positions, (P, H/2) fp32 each; grown by doubling."""
         if self._rope is None or len(self._rope[0]) < length or self._rope[0].device != device:
             positions = max(512, 1 << (length - 1).bit_length())
             self._rope = rope_tables(self.config.rope, self.config.head_dim, positions, device)

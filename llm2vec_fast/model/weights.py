@@ -1,4 +1,4 @@
-"""Hugging Face's weight names and ours: one map, read both ways, and loading and saving through it."""
+"""Hugging Face's weight names and ours: one map, read both ways, to load and to save."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def rows_of(parameter: Tensor, slot: Slot, config: ModelConfig) -> Tensor:
 
 
 def match(found: dict[str, TensorOnDisk], slots: dict[str, Slot], where: object):
-    """Pairs every slot with its tensor on disk. Raises WeightsError on missing, unexpected, misshapen."""
+    """Pairs every slot with its tensor on disk; WeightsError on missing, unexpected, misshapen."""
     bare: dict[str, TensorOnDisk] = {}
     for name, tensor in found.items():
         name = name.removeprefix("model.")
@@ -130,5 +130,5 @@ def unfused(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 
 
 def save(model: Transformer, directory: Path) -> None:
-    """Writes the weights in Hugging Face's names, as `AutoModel` and the official library load them."""
+    """Writes the weights in Hugging Face's names, as `AutoModel` loads them."""
     save_checkpoint(unfused(model), directory)

@@ -1,4 +1,4 @@
-"""Operations: tensors in, tensors out. Each has a plain-torch `*_ref`, the truth for its kernels."""
+"""Operations: tensors in, tensors out. Each has a plain-torch `*_ref`, the kernels' truth."""
 
 from llm2vec_fast.ops.add_rms_norm import add_rms_norm, add_rms_norm_ref
 from llm2vec_fast.ops.attention import attention, attention_ref

@@ -1,6 +1,6 @@
 """FlashAttention from other packages, each behind the same eight arguments; imported at first use.
 
-Where their signatures differ (torch 2.11 to 2.13, flash_attn 2), it is settled here and nowhere else.
+Where their signatures differ (torch 2.11 to 2.13, flash_attn 2) is settled here, nowhere else.
 """
 
 from __future__ import annotations

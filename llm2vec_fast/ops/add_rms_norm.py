@@ -12,7 +12,7 @@ from torch import Tensor
 def add_rms_norm(
     x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm of the running residual, and that residual: r = x + residual, y = r / rms(r) * weight.
+    """The running residual r = x + residual and its norm y = r / rms(r) * weight.
 
     x_TD:         (..., D) bf16/fp16/fp32, the output of the layer before
     residual_TD:  like x_TD, or None at the first layer (then r = x)

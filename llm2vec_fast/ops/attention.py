@@ -30,12 +30,13 @@ def attention(
 ) -> Tensor:
     """Softmax attention within each text of a packed batch.
 
-    q_TNH:       (T, N, H) bf16/fp16/fp32; k_TKH, v_TKH: (T, K, H), N a multiple of K. Views of a packed
-                 projection are welcome; the last dimension must be contiguous.
+    q_TNH:       (T, N, H) bf16/fp16/fp32; k_TKH, v_TKH: (T, K, H), N a multiple of K. Views of a
+                 packed projection are welcome; the last dimension must be contiguous.
     cu_seqlens:  (B + 1,) int32, text b holds rows cu_seqlens[b] to cu_seqlens[b + 1]; no empty text
     max_seqlen:  the longest text, known on the host
     causal:      each token sees itself and what came before; otherwise the whole text
-    window:      a token sees keys less than `window` positions away (causal: itself and window - 1 before)
+    window:      a token sees keys less than `window` positions away (causal: itself and window - 1
+                 before)
     scale:       of the scores, 1 / sqrt(H) if None
     returns:     (T, N, H)
     raises:      ValueError if shapes or dtypes do not fit; NotImplementedError on dropout_p > 0 (no

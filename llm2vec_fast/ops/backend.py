@@ -1,8 +1,8 @@
 """The one place that decides which implementation of an operation runs.
 
-`PREFERENCE[op]` lists backends, best first. The first that has no reason to refuse the call wins; the
-choice is remembered per kind of call, so that asking again is one dictionary lookup. `use("name")`
-forces a backend: if it cannot run it raises, it never falls back silently.
+`PREFERENCE[op]` lists backends, best first. The first that has no reason to refuse the call wins;
+the choice is remembered per kind of call, so that asking again is one dictionary lookup.
+`use("name")` forces a backend: if it cannot run it raises, it never falls back silently.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def arch_of(device: torch.device) -> int:
 
 
 def choose(op: str, x: torch.Tensor, *, dropout=False, window=False, head_dim=0) -> str:
-    """The backend that runs `op` on a tensor like `x`; about one microsecond after the first call."""
+    """The backend that runs `op` on a tensor like `x`; about one microsecond after the first
+    call.
+    """
     needs_grad = x.requires_grad and torch.is_grad_enabled()
     call = Call(
         op, x.device.type, arch_of(x.device), x.dtype, needs_grad, dropout, window, head_dim
@@ -83,7 +85,9 @@ def _decide(call: Call) -> str:
 
 
 def available(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 64):
-    """{backend: reason it refuses, or None} for one op on one kind of device, in preference order."""
+    """{backend: reason it refuses, or None} for one op on one kind of device, in preference
+    order.
+    """
     target = torch.device(device)
     call = Call(op, target.type, arch_of(target), dtype, head_dim=head_dim)
     return {name: _REFUSALS[name](call) for name in PREFERENCE[op]}

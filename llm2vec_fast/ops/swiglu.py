@@ -1,4 +1,4 @@
-"""The gated activation of LLaMA's feed-forward layer, and the one place that knows how gate and up lie.
+"""The gated activation of LLaMA's feed-forward layer, and how gate and up lie.
 
 T tokens, F feed-forward, D model
 """

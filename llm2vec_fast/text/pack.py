@@ -12,8 +12,8 @@ def pack(
 ) -> list[np.ndarray]:
     """Groups texts into batches of at most `tokens_per_batch` tokens, longest texts first.
 
-    Sorting brings equal lengths together, which attention likes, and shows the largest memory need in
-    the first batch. A text longer than the budget gets a batch of its own.
+    Sorting brings equal lengths together, which attention likes, and shows the largest memory need
+    in the first batch. A text longer than the budget gets a batch of its own.
 
     lengths:    tokens of each text, all > 0
     max_texts:  also at most so many texts in a batch

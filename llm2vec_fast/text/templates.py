@@ -1,4 +1,4 @@
-"""Chat templates that instruction-tuned models were adapted with: found by name, or given as a string."""
+"""Chat templates of instruction-tuned models: found by name, or given as a string."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Template:
 
     @classmethod
     def parse(cls, template: str | None) -> Template:
-        """From a string with one `{text}`, from the name of a known model, or none ("none", None)."""
+        """From a string with one `{text}`, the name of a known model, or "none" / None."""
         template = BY_NAME.get(template or "", template)
         if template is None or template == "none":
             return cls()
@@ -46,5 +46,5 @@ class Template:
 
 
 def find_template(*names: str | None) -> Template:
-    """The template of the first known name (config.json's _name_or_path, the hub name), else none."""
+    """The template of the first name that is known, else none."""
     return Template.parse(next((name for name in names if name in BY_NAME), None))

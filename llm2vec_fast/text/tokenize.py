@@ -2,10 +2,10 @@
 
 A sequence is laid out as
     [start tokens] [template prefix] [instruction " " text] [template suffix] [end tokens]
-and the pooled span is the text together with the template suffix and end tokens: beginning-of-sequence
-and instruction are read by the model but not pooled (`skip_instruction`). Everything is tokenised once,
-in one batched call; the boundary between instruction and text is found by character offsets, and
-truncation drops tokens from the end of the text alone, never template or instruction.
+and the pooled span is the text together with the template suffix and end tokens: start
+tokens and instruction are read by the model but not pooled (`skip_instruction`). Everything is
+tokenised once, in one batched call; the boundary between instruction and text is found by character
+offsets, and truncation drops tokens from the end of the text alone, never template or instruction.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tokenizers import Encoding, Tokenizer
 
 from llm2vec_fast.text.templates import Template
 
-# Characters kept per token of the limit before tokenising a long text; doubled where that was too few.
+# Characters kept per token of the limit before tokenising a long text; doubled where too few.
 CHARS_PER_TOKEN = 8
 # Tokens beyond the limit that must exist for a clipped text to be known to tokenise like the whole.
 MARGIN = 32
@@ -70,8 +70,8 @@ class TextTokenizer:
         self.start_ids, self.end_ids = self._added_around(settings)
         if pooling_mode == "bos_token" and self.bos_id not in self.start_ids:
             raise ValueError(
-                f"pooling_mode 'bos_token' needs a tokenizer that adds a beginning-of-sequence token; "
-                f"the one in {directory} adds none"
+                f"pooling_mode 'bos_token' needs a tokenizer that adds a beginning-of-sequence "
+                f"token; the one in {directory} adds none"
             )
         self._prepare()
 
@@ -106,7 +106,7 @@ class TextTokenizer:
         return Source(self.lead + lead, text, self.tail, False)
 
     def _assemble(self, source: Source, encoding: Encoding) -> Tokens | None:
-        """Cuts to the limits and places the span; None if the text was clipped too short to tell."""
+        """Cuts to the limits and places the span; None if the text was clipped too short."""
         if not source.text or source.text.isspace():
             return Tokens(EMPTY, 0, 0, "empty")
         ids = encoding.ids
@@ -122,8 +122,8 @@ class TextTokenizer:
         room = self.max_length - around - text_from
         if room < 1:
             raise ValueError(
-                f"the instruction and template take {around + text_from} tokens and leave no room for "
-                f"text within max_length = {self.max_length}: {source.lead[:60]!r}"
+                f"the instruction and template take {around + text_from} tokens and leave no room "
+                f"for text within max_length = {self.max_length}: {source.lead[:60]!r}"
             )
         room = min(room, self.doc_max_length)
         if source.clipped_text and text_to - text_from < room + MARGIN:
@@ -145,8 +145,9 @@ class TextTokenizer:
     def _prepare(self) -> None:
         """Splits the template at its special tokens: ids around, literal strings next to the text.
 
-        head_ids / foot_ids stand outside; lead and tail are literal and tokenised with the text, since
-        tokens may form across the boundary; tail_ids is the tail on its own, for truncated texts.
+        head_ids / foot_ids stand outside; lead and tail are literal and tokenised with the text,
+        since tokens may form across the boundary; tail_ids is the tail on its own, for truncated
+        texts.
         """
         specials = {t.content for t in self.raw.get_added_tokens_decoder().values() if t.special}
         head, self.lead = _cut_after_last(self.template.prefix, specials)
@@ -226,7 +227,7 @@ def clean(text: str) -> str:
 
 
 def _load(directory: Path) -> Tokenizer:
-    """tokenizer.json read directly (AutoTokenizer takes seconds), transformers only where there is none."""
+    """tokenizer.json read directly (AutoTokenizer takes seconds); transformers where it lacks."""
     path = directory / "tokenizer.json"
     if path.exists():
         try:
