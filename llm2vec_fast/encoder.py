@@ -6,12 +6,13 @@ text -> tokenize -> pack -> PackedBatch -> Transformer -> hidden (T, D) -> ops.p
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from llm2vec_fast import ops
 from llm2vec_fast.batch import PackedBatch
@@ -19,7 +20,7 @@ from llm2vec_fast.model import lora, weights
 from llm2vec_fast.model.checkpoint import write_json
 from llm2vec_fast.model.config import ModelConfig
 from llm2vec_fast.model.selfcheck import check_attention_mode
-from llm2vec_fast.model.source import Sources, resolve
+from llm2vec_fast.model.source import Sources, absolute, resolve
 from llm2vec_fast.model.transformer import Transformer
 from llm2vec_fast.settings import (
     OFFICIAL,
@@ -132,6 +133,21 @@ class LLM2Vec(nn.Module):
         """Size of the vectors, before `truncate_dim`."""
         return self.model.config.hidden_size
 
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens in a forward pass where the caller names no other number."""
+        return TOKENS_PER_BATCH.get(self.device.type, 2048)
+
+    def describe(self) -> dict:
+        """What decides this model's vectors, as JSON: its origin, settings, and bytes."""
+        return {
+            "base": absolute(self.sources.name),
+            "adapters": [absolute(name) for name in self.sources.named_adapters],
+            "settings": self.settings,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "fingerprint": self.sources.fingerprint(),
+        }
+
     def forward(self, batch: PackedBatch) -> Tensor:
         """(B, D) fp32 vectors of a packed batch on the model's device."""
         mode = POOLING[self.settings["pooling_mode"]]
@@ -176,11 +192,13 @@ class LLM2Vec(nn.Module):
         if show_progress_bar is None:
             show_progress_bar = sys.stderr.isatty() and len(texts) > WINDOW
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
-        with _progress(len(texts), show_progress_bar) as bar:
+        with tqdm(total=len(texts), unit="text", disable=not show_progress_bar) as bar:
             for start in range(0, len(texts), WINDOW):
                 window = slice(start, start + WINDOW)
                 tokens = self.tokenizer(texts[window], instructions[window])
-                vectors[window] = self.embed_tokens(tokens, tokens_per_batch, batch_size, bar)
+                vectors[window] = self.embed_tokens(
+                    tokens, tokens_per_batch, batch_size, lambda count, _: bar.update(count)
+                )
         bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(bad):
             raise ValueError(
@@ -197,18 +215,19 @@ class LLM2Vec(nn.Module):
         tokens: Sequence[Tokens],
         tokens_per_batch: int | None = None,
         batch_size: int | None = None,
-        progress=None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
         """(N, D) fp32 pooled vectors of tokenised texts; zero for those without tokens.
 
         One upload per batch, one download at the end; the device is never waited for in between.
+        progress(texts, tokens) is called after each batch.
         """
         full = np.flatnonzero([len(t) > 0 for t in tokens])
         if progress:
-            progress.update(len(tokens) - len(full))
+            progress(len(tokens) - len(full), 0)
         out = torch.zeros(len(tokens), self.dimension, device=self.device)
-        budget = tokens_per_batch or TOKENS_PER_BATCH.get(self.device.type, 2048)
-        for batch in pack([len(tokens[i]) for i in full], budget, batch_size):
+        lengths = [len(tokens[i]) for i in full]
+        for batch in pack(lengths, tokens_per_batch or self.tokens_per_batch, batch_size):
             rows = full[batch]
             packed = PackedBatch.build(
                 [tokens[i].ids for i in rows],
@@ -218,7 +237,7 @@ class LLM2Vec(nn.Module):
             at = torch.from_numpy(rows).to(self.device, non_blocking=True)
             out.index_copy_(0, at, self(packed))
             if progress:
-                progress.update(len(rows))
+                progress(len(rows), packed.n_tokens)
         return out.cpu().numpy()
 
     def save(
@@ -235,9 +254,7 @@ class LLM2Vec(nn.Module):
         path.mkdir(parents=True, exist_ok=True)
         if self.sources.adapters and not merge_before_save:
             adapters = [lora.open_adapter(d, self.model.config) for d in self.sources.adapters]
-            base = self.sources.base_name
-            base = str(Path(base).resolve()) if Path(base).is_dir() else base
-            lora.save(adapters, path, base)
+            lora.save(adapters, path, absolute(self.sources.base_name))
         else:
             weights.save(self.model, path)
             write_json(self._export_config(), path / "config.json")
@@ -286,9 +303,3 @@ def _rows(sentences, instruction: str | None) -> tuple[list[str], list[str], boo
         instructions.append(pair[0])
         texts.append(pair[1])
     return texts, instructions, False
-
-
-def _progress(total: int, shown: bool):
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="text", disable=not shown, desc="encode")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,11 @@ from llm2vec_fast.model.checkpoint import has_weights
 from llm2vec_fast.model.lora import CONFIG as ADAPTER_CONFIG
 from llm2vec_fast.model.lora import AdapterError, read_config
 
+SMALL_FILES = (
+    "config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "adapter_config.json", "model.safetensors.index.json",
+)  # fmt: skip
+SAMPLE_BYTES, SAMPLES = 64 << 10, 32
 FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 
 
@@ -20,9 +26,22 @@ class Sources:
     config: Path  # config.json: beside the named adapter (official ones carry it), else the base's
     base: Path  # weights
     adapters: tuple[Path, ...]  # merged in this order
+    named_adapters: tuple[str, ...]  # those the user named, as they were named
     settings: Path  # where llm2vec_config.json is looked for
     tokenizer: Path
     base_name: str  # the name or path of `base` itself, as adapters record it
+
+    def fingerprint(self) -> str:
+        """A hash that changes when the model does: small files whole, weights by header, size and
+        blocks sampled along the file (reading all of a large model would take minutes).
+        """
+        digest = hashlib.sha256()
+        for directory in (self.config.parent, self.tokenizer, self.base, *self.adapters):
+            for path in sorted(directory.glob("*")):
+                if path.suffix == ".safetensors" or path.name in SMALL_FILES:
+                    digest.update(path.name.encode())
+                    _sample(path, digest)
+        return digest.hexdigest()
 
 
 def find(name: str) -> Path:
@@ -70,5 +89,31 @@ def resolve(base_name: str, peft_names: list[str]) -> Sources:
     settings = adapters[-1] if peft_names else first
     config = next((d for d in (first, directory) if (d / "config.json").exists()), directory)
     return Sources(
-        name, config / "config.json", directory, tuple(adapters), settings, tokenizer, base_name
+        name=name,
+        config=config / "config.json",
+        base=directory,
+        adapters=tuple(adapters),
+        named_adapters=tuple(peft_names),
+        settings=settings,
+        tokenizer=tokenizer,
+        base_name=base_name,
     )
+
+
+def absolute(name: str) -> str:
+    """A local directory by its full path, a hub name as it is: good from any working directory."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else name
+
+
+def _sample(path: Path, digest) -> None:
+    size = path.stat().st_size
+    digest.update(str(size).encode())
+    whole = path.suffix != ".safetensors" or size <= SAMPLES * SAMPLE_BYTES
+    with open(path, "rb") as file:
+        if whole:
+            digest.update(file.read())
+            return
+        for at in range(SAMPLES):  # the first block holds the header, the last one the file's end
+            file.seek((size - SAMPLE_BYTES) * at // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))

@@ -22,7 +22,7 @@ def pool(
     mode:       mean; weighted_mean = sum_i i h_i / sum_i i with i = 1..length; last; first
     normalize:  divide each vector by its L2 norm
     returns:    (B, D) fp32, summed in a fixed order (bitwise repeatable)
-    raises:     ValueError on an unknown mode or wrong shapes
+    raises:     ValueError on an unknown mode, wrong shapes, or spans that are not integers
     source:     LLM2Vec, arXiv:2404.05961, section 2; weighted mean: SGPT, arXiv:2202.08904
     """
     if mode not in POOL_MODES:
@@ -32,6 +32,8 @@ def pool(
             f"pool: hidden must be (T, D) and spans (B, 2), "
             f"got {tuple(hidden_TD.shape)} and {tuple(spans_B2.shape)}"
         )
+    if spans_B2.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"pool: spans must be int32 or int64, an integer type, got {spans_B2.dtype}")
     return pool_ref(hidden_TD, spans_B2, mode, normalize)
 
 

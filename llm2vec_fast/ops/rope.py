@@ -42,7 +42,7 @@ def rope_(
 
 def rope_ref_(qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads):
     half = cos_PE.shape[-1]
-    qk = qkv_TS.view(qkv_TS.shape[0], -1, 2 * half)[:, : n_heads + n_kv_heads]
+    qk = qkv_TS.unflatten(1, (-1, 2 * half))[:, : n_heads + n_kv_heads]
     acc = torch.promote_types(qkv_TS.dtype, torch.float32)
     cos = cos_PE.index_select(0, positions_T)[:, None]
     sin = sin_PE.index_select(0, positions_T)[:, None]

@@ -66,11 +66,13 @@ class OfficialTokenizer(TextTokenizer):
         return text.strip() + self.end_string if self.pooling_mode == "eos_token" else text
 
     def _tokens(self, content: list[int], text_ids: list[int], shortened: bool) -> Tokens:
-        room = self.max_length - len(self.start_ids) - len(self.end_ids)
+        room = max(self.max_length - len(self.start_ids) - len(self.end_ids), 0)
         ids = np.array([*self.start_ids, *content[:room], *self.end_ids], dtype=np.int32)
-        if not len(ids):
-            return Tokens(EMPTY, 0, 0, "empty")
         count = min(len(text_ids), self.max_length)
+        # Officially a weighted mean over no text is the zero vector, the other means take the row.
+        unweighted = self.skip_instruction and self.pooling_mode == "weighted_mean" and not count
+        if not len(ids) or unweighted:
+            return Tokens(EMPTY, 0, 0, "empty")
         start = len(ids) - count if self.skip_instruction and 0 < count <= len(ids) else 0
         if self.pooling_mode == "bos_token":
             start = int(np.flatnonzero(ids == self.bos_id)[0])

@@ -1,0 +1,1 @@
+"""Measurements; every figure in README or results/ comes from one of these commands."""
