@@ -66,7 +66,7 @@ def test_imports_only_go_down(path: Path):
     for there in imported_rooms(path) - {here}:
         assert there in FLOORS, f"{path} imports the unknown room {there}"
         assert FLOORS[there] < FLOORS[here], (
-            f"{path.relative_to(ROOT)} (floor {FLOORS[here]}) imports {there} (floor {FLOORS[there]})"
+            f"{path.name} on floor {FLOORS[here]} imports {there} on floor {FLOORS[there]}"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,9 @@ class ModelConfig:
         heads = _size(raw, "num_attention_heads")
         kv_heads = _size(raw, "num_key_value_heads", heads)
         if heads % kv_heads:
-            raise ConfigError(f"num_attention_heads {heads} is no multiple of {kv_heads} kv heads")
+            raise ConfigError(
+                f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+            )
         hidden = _size(raw, "hidden_size")
         head_dim = _size(raw, "head_dim", 128 if family == "qwen3" else hidden // heads)
         if head_dim % 2:
@@ -163,8 +164,8 @@ def _number(raw: dict[str, Any], name: str, default: float) -> float:
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{name} must be finite and positive, got {value}")
+    if not 0 < value < 1e300:  # false for NaN; a whole number may be too large for a float
+        raise ConfigError(f"{name} must be finite and positive, got {value!r:.40}")
     return float(value)
 
 
@@ -181,6 +182,8 @@ def _rope(raw: dict[str, Any]) -> Rope:
     told = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(told, dict):
         raise ConfigError(f"rope settings must be an object, got {told!r}")
+    if any(isinstance(value, dict) for value in told.values()):
+        raise ConfigError(f"rope settings per layer type are not supported: {', '.join(told)}")
     theta_in = told if told.get("rope_theta") is not None else raw
     theta = _number(theta_in, "rope_theta", 10_000.0)
     kind = told.get("rope_type", told.get("type")) or "default"
@@ -210,7 +213,7 @@ def _windows(raw: dict[str, Any], family: str, n_layers: int) -> tuple[int | Non
     kinds = raw.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or len(kinds) != n_layers):
         raise ConfigError(f"layer_types must list {n_layers} layers")
-    window = raw.get("sliding_window")
+    window = raw.get("sliding_window", 4096)  # transformers' value where the key is left out
     if family.startswith("qwen") and not _flag(raw, "use_sliding_window", False):
         window = None
     if family == "llama" or window is None:
@@ -218,7 +221,9 @@ def _windows(raw: dict[str, Any], family: str, n_layers: int) -> tuple[int | Non
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise ConfigError(f"sliding_window must be a positive whole number or null, got {window!r}")
     if kinds is None:
-        first = raw.get("max_window_layers", 0) if family.startswith("qwen") else 0
+        first = raw.get("max_window_layers", 28) if family.startswith("qwen") else 0
+        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+            raise ConfigError(f"max_window_layers must be a whole number, got {first!r}")
         kinds = ["full_attention" if i < first else "sliding_attention" for i in range(n_layers)]
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):

@@ -51,19 +51,23 @@ def attention(
 
 
 def _check(q_TNH, k_TKH, v_TKH, cu_seqlens, window, dropout_p):
-    if q_TNH.dim() != 3 or k_TKH.shape != v_TKH.shape or q_TNH.shape[::2] != k_TKH.shape[::2]:
+    fit = q_TNH.dim() == k_TKH.dim() == 3 and q_TNH.shape[::2] == k_TKH.shape[::2]
+    if not fit or k_TKH.shape != v_TKH.shape:
         raise ValueError(
             f"attention: q (T, N, H), k and v (T, K, H) do not fit: {tuple(q_TNH.shape)}, "
             f"{tuple(k_TKH.shape)}, {tuple(v_TKH.shape)}"
         )
-    if q_TNH.shape[1] % k_TKH.shape[1]:
+    if not k_TKH.shape[1] or q_TNH.shape[1] % k_TKH.shape[1]:
         raise ValueError(
             f"attention: {q_TNH.shape[1]} query heads are no multiple of {k_TKH.shape[1]} kv heads"
         )
     if not q_TNH.dtype == k_TKH.dtype == v_TKH.dtype:
         raise ValueError(f"attention: dtypes {q_TNH.dtype}, {k_TKH.dtype}, {v_TKH.dtype} differ")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
-        raise ValueError(f"attention: cu_seqlens must be (B + 1,) int32, got {cu_seqlens.dtype}")
+        raise ValueError(
+            f"attention: cu_seqlens must be (B + 1,) int32, "
+            f"got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        )
     if window is not None and window < 1:
         raise ValueError(f"attention: window must be at least 1, got {window}")
     if dropout_p:
@@ -123,7 +127,12 @@ def _sdpa(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, causal, window, scale):
         )
         groups.append(out.transpose(1, 2).flatten(0, 1))
         start = end
-    return torch.cat(groups) if len(groups) != 1 else groups[0]
+    o_TNH = torch.cat(groups) if groups else torch.empty_like(q_TNH)
+    if not sum(x.detach().sum(dtype=torch.float32) for x in (q_TNH, k_TKH)).isfinite():
+        # torch's kernel writes 0 where all scores of a query are NaN, which would hide an overflow.
+        truth = _reference(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, causal, window, scale)
+        o_TNH = torch.where(truth.isfinite(), o_TNH, truth)
+    return o_TNH
 
 
 def _sdpa_refuses(call: Call) -> str | None:

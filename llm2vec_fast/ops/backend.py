@@ -87,7 +87,11 @@ def _decide(call: Call) -> str:
 def available(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 64):
     """{backend: reason it refuses, or None} for one op on one kind of device, in preference
     order.
+
+    raises: ValueError if there is no such op
     """
+    if op not in PREFERENCE:
+        raise ValueError(f"unknown op {op!r}; known: {', '.join(PREFERENCE)}")
     target = torch.device(device)
     call = Call(op, target.type, arch_of(target), dtype, head_dim=head_dim)
     return {name: _REFUSALS[name](call) for name in PREFERENCE[op]}

@@ -33,7 +33,9 @@ def pool(
             f"got {tuple(hidden_TD.shape)} and {tuple(spans_B2.shape)}"
         )
     if spans_B2.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"pool: spans must be int32 or int64, an integer type, got {spans_B2.dtype}")
+        raise ValueError(
+            f"pool: spans must be int32 or int64, an integer type, got {spans_B2.dtype}"
+        )
     return pool_ref(hidden_TD, spans_B2, mode, normalize)
 
 

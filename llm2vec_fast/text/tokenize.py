@@ -100,25 +100,29 @@ class TextTokenizer:
 
     def _source(self, text: str, instruction: str) -> Source:
         text, instruction = clean(text), clean(instruction).strip()
-        if self.template.prefix or self.template.suffix:
+        # Whitespace alone is no text. Asked of the whole text: a clipped one may begin with much.
+        if text.isspace() or self.template.prefix or self.template.suffix:
             text = text.strip()
         lead = f"{instruction} " if instruction else ""
         return Source(self.lead + lead, text, self.tail, False)
 
     def _assemble(self, source: Source, encoding: Encoding) -> Tokens | None:
         """Cuts to the limits and places the span; None if the text was clipped too short."""
-        if not source.text or source.text.isspace():
+        if not source.text:
             return Tokens(EMPTY, 0, 0, "empty")
         ids = encoding.ids
         text_from = _token_at(encoding, len(source.lead)) if source.lead else 0
         text_to = (
-            _token_at(encoding, len(source.lead) + len(source.text)) if source.tail else len(ids)
+            _token_from(encoding, len(source.lead) + len(source.text)) if source.tail else len(ids)
         )
         if text_from >= text_to:
+            if source.clipped_text:
+                return None
             return Tokens(
                 EMPTY, 0, 0, "empty", "nothing is left after the tokenizer's normalisation"
             )
-        around = len(self.head_ids) + len(self.foot_ids) + len(self.tail_ids)
+        status, note, tail = "ok", "", ids[text_to:]
+        around = len(self.head_ids) + len(self.foot_ids) + max(len(tail), len(self.tail_ids))
         room = self.max_length - around - text_from
         if room < 1:
             raise ValueError(
@@ -128,7 +132,6 @@ class TextTokenizer:
         room = min(room, self.doc_max_length)
         if source.clipped_text and text_to - text_from < room + MARGIN:
             return None
-        status, note, tail = "ok", "", ids[text_to:]
         if text_to - text_from > room:
             status, tail = "truncated", self.tail_ids
             n = "more than " * source.clipped_text + str(text_to - text_from)
@@ -154,7 +157,9 @@ class TextTokenizer:
         self.tail, foot = _cut_before_first(self.template.suffix, specials)
         self.head_ids = [*self.start_ids, *self.ids_of(head)]
         self.foot_ids = [*self.ids_of(foot), *self.end_ids]
-        self.tail_ids = self.ids_of("a" + self.tail)[len(self.ids_of("a")) :]
+        bare, joined = self.ids_of("a"), self.ids_of("a" + self.tail)
+        merged = joined[: len(bare)] != bare  # the tail's first characters went into the token of a
+        self.tail_ids = self.ids_of(self.tail) if merged else joined[len(bare) :]
         if self.pooling_mode == "eos_token" and self.foot_ids[-1:] != [self.eos_id]:
             if self.eos_id is None:
                 raise ValueError("pooling_mode 'eos_token' needs a tokenizer with an end token")
@@ -175,9 +180,9 @@ class TextTokenizer:
         at = next(i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare)
         start, end = full[:at], full[at + len(bare) :]
         if settings.get("tokenizer_class") in LLAMA_TOKENIZERS:  # these rebuild it from two flags
-            if isinstance(settings.get("add_bos_token"), bool):
+            if isinstance(settings.get("add_bos_token"), bool) and self.bos_id is not None:
                 start = [self.bos_id] * settings["add_bos_token"]
-            if isinstance(settings.get("add_eos_token"), bool):
+            if isinstance(settings.get("add_eos_token"), bool) and self.eos_id is not None:
                 end = [self.eos_id] * settings["add_eos_token"]
         return start, end
 
@@ -204,6 +209,13 @@ def _token_at(encoding: Encoding, char: int) -> int:
         return token
     ends = [end for _, end in encoding.offsets]
     return next((i for i, end in enumerate(ends) if end > char), len(ends))
+
+
+def _token_from(encoding: Encoding, char: int) -> int:
+    """The first token that begins at a character position or later, or the number of tokens."""
+    token = _token_at(encoding, char)
+    straddles = token < len(encoding) and encoding.token_to_chars(token)[0] < char
+    return token + straddles
 
 
 def _cut_after_last(text: str, specials: set[str]) -> tuple[str, str]:

@@ -194,7 +194,9 @@ def test_gradients_flow_after_the_load_time_check(tiny_model, stock, ours):
     for ids in rows:
         oracle(input_ids=torch.tensor([ids])).last_hidden_state.square().sum().backward()
     theirs, mine = oracle.layers[0].self_attn, model.layers[0].attn.qkv.weight.grad
-    want = torch.cat([theirs.q_proj.weight.grad, theirs.k_proj.weight.grad, theirs.v_proj.weight.grad])
+    want = torch.cat(
+        [theirs.q_proj.weight.grad, theirs.k_proj.weight.grad, theirs.v_proj.weight.grad]
+    )
     assert relative(mine, want) <= 1e-4
     assert relative(model.embed.weight.grad, oracle.embed_tokens.weight.grad) <= 1e-4
 

@@ -59,9 +59,7 @@ def draw(lengths, n, k, size, dtype=torch.float32, seed=0):
     noise, tokens = torch.Generator().manual_seed(seed), sum(lengths)
     shapes = [(tokens, n, size), (tokens, k, size), (tokens, k, size)]
     # Queries twice as large as usual: a peaked softmax shows errors that a flat one hides.
-    return [
-        (2 * torch.randn(s, generator=noise, dtype=torch.float64)).to(dtype) for s in shapes
-    ]
+    return [(2 * torch.randn(s, generator=noise, dtype=torch.float64)).to(dtype) for s in shapes]
 
 
 def bounds(lengths):
@@ -77,9 +75,7 @@ def run(qkv, lengths, **options):
 def test_equals_the_formula(backend, within_rule, causal, window, heads):
     qkv = draw(LENGTHS, *heads, 8)
     got = run(qkv, LENGTHS, causal=causal, window=window)
-    within_rule(
-        got, plain(*qkv, LENGTHS, causal, window), truth(*qkv, LENGTHS, causal, window)
-    )
+    within_rule(got, plain(*qkv, LENGTHS, causal, window), truth(*qkv, LENGTHS, causal, window))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -88,9 +84,7 @@ def test_half_precision(backend, within_rule, dtype, causal, window):
     qkv = draw(LENGTHS, 4, 2, 32, dtype)
     got = run(qkv, LENGTHS, causal=causal, window=window)
     assert got.dtype == dtype
-    within_rule(
-        got, plain(*qkv, LENGTHS, causal, window), truth(*qkv, LENGTHS, causal, window)
-    )
+    within_rule(got, plain(*qkv, LENGTHS, causal, window), truth(*qkv, LENGTHS, causal, window))
 
 
 @pytest.mark.parametrize("lengths", [(1,), (252,), (1,) * 40, (2, 1, 2, 2, 1, 37)])
@@ -143,6 +137,19 @@ def test_no_text_sees_another(backend, causal):
     assert torch.equal(after[:4], before[:4])
     assert torch.equal(after[8:], before[8:])
     assert after[4:8].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("length", [2, 40])
+def test_what_is_not_finite_stays_visible(backend, dtype, where, length):
+    """torch's own CPU kernel answers 0 where all scores of a query are NaN."""
+    qkv = dict(zip("qkv", draw((length,), 2, 2, 16, dtype), strict=True))
+    qkv[where][:] = float("nan")
+    assert run(list(qkv.values()), (length,)).isnan().all()
+    if where != "v":
+        qkv[where][:] = float("inf")  # an overflowed projection: scores of inf and -inf
+        assert not run(list(qkv.values()), (length,)).isfinite().any()
 
 
 def test_a_larger_max_seqlen_changes_nothing(backend):

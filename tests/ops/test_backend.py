@@ -137,7 +137,9 @@ def test_the_real_table_on_cpu(made_up, monkeypatch):
         assert all(reason is None or reason.strip() for reason in told.values())
         assert set(names) <= backend._REFUSALS.keys()
     told = ops.available("attention")
-    assert all("CUDA" in told[name] or "installed" in told[name] for name in ("flash_attn", "varlen"))
+    assert all(
+        "CUDA" in told[name] or "installed" in told[name] for name in ("flash_attn", "varlen")
+    )
     assert told["sdpa"] is None
     assert backend.choose("attention", X) == "sdpa"
 

@@ -115,7 +115,9 @@ def test_no_texts(mode):
 
 
 def test_normalised_zero_stays_finite():
-    assert torch.equal(pool(torch.zeros(3, 4), spans_of([(0, 3)]), normalize=True), torch.zeros(1, 4))
+    assert torch.equal(
+        pool(torch.zeros(3, 4), spans_of([(0, 3)]), normalize=True), torch.zeros(1, 4)
+    )
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -116,7 +116,9 @@ def test_works_in_place_on_rows_of_a_wider_tensor():
 
 def test_no_tokens():
     cos, sin = tables(4, 4)
-    assert rope_(torch.empty(0, 24), torch.empty(0, dtype=torch.int32), cos, sin, 1, 1).shape[0] == 0
+    assert (
+        rope_(torch.empty(0, 24), torch.empty(0, dtype=torch.int32), cos, sin, 1, 1).shape[0] == 0
+    )
 
 
 def test_gradients():
