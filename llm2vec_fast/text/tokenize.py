@@ -157,14 +157,22 @@ class TextTokenizer:
         self.tail, foot = _cut_before_first(self.template.suffix, specials)
         self.head_ids = [*self.start_ids, *self.ids_of(head)]
         self.foot_ids = [*self.ids_of(foot), *self.end_ids]
-        bare, joined = self.ids_of("a"), self.ids_of("a" + self.tail)
-        merged = joined[: len(bare)] != bare  # the tail's first characters went into the token of a
-        self.tail_ids = self.ids_of(self.tail) if merged else joined[len(bare) :]
+        self.tail_ids = self._after_text(self.tail)
         if self.pooling_mode == "eos_token" and self.foot_ids[-1:] != [self.eos_id]:
             if self.eos_id is None:
                 raise ValueError("pooling_mode 'eos_token' needs a tokenizer with an end token")
             self.foot_ids.append(self.eos_id)
         self.raw.encode_special_tokens = True  # a special token's string in a text is just text
+
+    def _after_text(self, tail: str) -> list[int]:
+        """Token ids of a string as it stands behind a text, here one that it does not merge with:
+        behind nothing, many tokenizers would put a space before it.
+        """
+        for text in ("a", "(", "字"):
+            before, joined = self.ids_of(text), self.ids_of(text + tail)
+            if joined[: len(before)] == before:
+                return joined[len(before) :]
+        return self.ids_of(tail)
 
     def ids_of(self, text: str) -> list[int]:
         """Token ids of a string alone, without start and end tokens."""
