@@ -67,6 +67,7 @@ TEXTS: list[tuple[str, str, int]] = [
     ("Given a very long instruction that takes up the room of the text itself: " * 2, "tail", 1),
     ("", "a", 1),
     ("Represent this:", "isn't it? they've 2024 !?.,;:-_ (x)[y]{z}", 1),
+    ("\t", "answer,(ferry,", 1),  # the span is longer than the sequence: officially a crash
     ("", "nul\0bell\a rtl \u202eabc\u202c", 1),
 ]  # fmt: skip
 SMALL = {"max_length": 24, "doc_max_length": 16}

@@ -249,10 +249,13 @@ class LLM2Vec(nn.Module):
                            adapters is saved as one adapter (several become one of their summed
                            rank); a model without adapters is always written whole.
         save_config:       also llm2vec_config.json
+        raises:            ValueError if the directory holds a model that `save` did not write there
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        if self.sources.adapters and not merge_before_save:
+        as_adapter = bool(self.sources.adapters) and not merge_before_save
+        self._make_room(path, as_adapter)
+        if as_adapter:
             adapters = [lora.open_adapter(d, self.model.config) for d in self.sources.adapters]
             lora.save(adapters, path, absolute(self.sources.base_name))
         else:
@@ -267,6 +270,23 @@ class LLM2Vec(nn.Module):
         own = {name: self.settings[name] for name in ("enable_bidirectional", "template")}
         write_json(own, path / OWN_FILE)
 
+    def _make_room(self, path: Path, as_adapter: bool) -> None:
+        """Removes what an earlier `save` left in the other form: it would be read together with
+        this one. What somebody else put there is refused.
+        """
+        adapters = [directory.resolve() for directory in self.sources.adapters]
+        if path.resolve() in (self.sources.base.resolve(), *adapters):
+            if adapters and not (as_adapter and adapters == [path.resolve()]):
+                raise ValueError(f"{path} is what this model was loaded from: save it elsewhere")
+            return
+        other = ("config.json", "model*.safetensors", "model.safetensors.index.json")
+        other = other if as_adapter else (lora.CONFIG, lora.WEIGHTS)
+        present = [file for pattern in other for file in path.glob(pattern)]
+        if present and not (path / OWN_FILE).exists():
+            raise ValueError(f"{path} holds another model ({present[0].name}): save it elsewhere")
+        for file in present:
+            file.unlink()
+
     def _export_config(self) -> dict:
         """config.json of merged weights: the old one, and what tells others to look both ways."""
         config = dict(self.model.config.source)
@@ -278,6 +298,9 @@ class LLM2Vec(nn.Module):
         config["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         if bidirectional:
             config |= {"is_causal": False, "use_bidirectional_attention": True}
+            # With the causal mask the sliding window goes too, for every spelling of it.
+            config |= {key: None for key in ("sliding_window", "layer_types") if key in config}
+            config |= {key: False for key in ("use_sliding_window",) if key in config}
         config.setdefault("_name_or_path", self.sources.base_name)
         return config
 

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -53,9 +54,10 @@ def _randomise(model: torch.nn.Module, seed: int) -> None:
     """Weights that hide nothing: Hugging Face starts norms at 1 and biases at 0, and its matrices
     are so small that attention is nearly uniform. All values are exact in bf16.
     """
-    noise = torch.Generator().manual_seed(seed)
-    for name, weight in sorted(model.named_parameters()):
-        value = torch.randn(weight.shape, generator=noise)
+    for name, weight in model.named_parameters():
+        # A seed per name: a bare model and one with a head get the same body.
+        own_seed = zlib.crc32(name.removeprefix("model.").encode()) + seed
+        value = torch.randn(weight.shape, generator=torch.Generator().manual_seed(own_seed))
         if "norm" in name:
             value = 1 + 0.3 * value
         elif weight.dim() == 1:

@@ -23,6 +23,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHUNK_BYTES = 16 << 20
 SHARD_BYTES = 5 << 30
 
@@ -74,15 +75,12 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def has_weights(directory: Path) -> bool:
-    return any(
-        (directory / name).exists()
-        for name in ("model.safetensors", "model.safetensors.index.json")
-    )
+    return any((directory / name).exists() for name in (SINGLE, INDEX))
 
 
 def open_checkpoint(directory: Path) -> dict[str, TensorOnDisk]:
     """All tensors of a model directory: model.safetensors, or the shards that its index names."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    single, index = directory / SINGLE, directory / INDEX
     if single.exists():
         return read_header(_inside(directory, single.name))
     if not index.exists():
@@ -121,9 +119,13 @@ def _inside(directory: Path, name: object) -> Path:
     allowed = [home]
     if home.parent.name == "snapshots":  # <repo>/snapshots/<revision>/file -> <repo>/blobs/<hash>
         allowed.append(home.parent.parent / "blobs")
-    if not any(path.resolve().is_relative_to(place) for place in allowed):
+    try:
+        real, there = path.resolve(), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # NUL, endless names, links in a circle
+        raise WeightsError(f"{directory}: {name!r:.80} cannot be opened: {error}") from error
+    if not any(real.is_relative_to(place) for place in allowed):
         raise WeightsError(f"{path} links to a place outside the model's directory: refused")
-    if not path.is_file():
+    if not there:
         raise WeightsError(f"{path} is missing")
     return path
 
@@ -134,7 +136,7 @@ class Reader:
     def __init__(self) -> None:
         self._buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
         self._view = memoryview(self._buffer.numpy())
-        self._checks: list[tuple[str, Tensor]] = []
+        self._checks: list[tuple[TensorOnDisk, Tensor, Tensor]] = []
 
     def read_into(self, destination: Tensor, source: TensorOnDisk) -> None:
         """Fills a contiguous tensor of as many elements as `source` has."""
@@ -152,8 +154,9 @@ class Reader:
                 self._fill(file, want, source)
                 piece = flat[done // width : (done + want) // width]
                 piece.copy_(self._buffer[:want].view(dtype))
-                # A sum is the cheapest look: NaN and infinity survive it, finite weights do not.
-                self._checks.append((source.name, piece.sum(dtype=torch.float32).isfinite()))
+                # A sum is the cheapest look: NaN and infinity survive it.
+                total = piece.sum(dtype=torch.float32)
+                self._checks.append((source, piece, total.isfinite()))
                 done += want
 
     def _fill(self, file, want: int, source: TensorOnDisk) -> None:
@@ -166,11 +169,16 @@ class Reader:
 
     def refuse_non_finite(self) -> None:
         """One look at all that was read: a single host sync, however many tensors there were."""
-        if self._checks and not torch.stack([ok for _, ok in self._checks]).all():
-            bad = sorted({name for name, ok in self._checks if not ok})
+        if not self._checks or torch.stack([ok for *_, ok in self._checks]).all():
+            return
+        # Only now the exact question: a sum of huge finite weights may overflow too.
+        checked = [(source, piece) for source, piece, ok in self._checks if not ok]
+        bad = {source.name: source.path for source, piece in checked if not piece.isfinite().all()}
+        if bad:
+            name, path = min(bad.items())
             raise WeightsError(
-                f"NaN or infinite weights, in the dtype they are loaded to, in {len(bad)} tensors, "
-                f"first {bad[0]!r}"
+                f"{path}: {name!r} has weights that are NaN or infinite in the dtype they are "
+                f"loaded to{f', as have {len(bad) - 1} other tensors' * (len(bad) > 1)}"
             )
 
 
@@ -183,18 +191,24 @@ def read_tensor(source: TensorOnDisk, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def save_checkpoint(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> None:
-    """Writes model.safetensors, or shards of at most 5 GB with an index, each file atomically."""
+    """Writes model.safetensors, or shards of at most 5 GB with an index, each file atomically.
+
+    What an earlier save left there in the other form is removed: it would be read in their place.
+    """
     shards = list(_by_size(tensors))
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        name = "model.safetensors" if len(shards) == 1 else name
+        name = SINGLE if len(shards) == 1 else name
         write_safetensors(shard, directory / name)
         weight_map |= dict.fromkeys(shard, name)
     if len(shards) > 1:
         size = sum(t.numel() * t.element_size() for shard in shards for t in shard.values())
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_json(index, directory / "model.safetensors.index.json")
+        told = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_json(told, directory / INDEX)
+        (directory / SINGLE).unlink(missing_ok=True)
+    else:
+        (directory / INDEX).unlink(missing_ok=True)
 
 
 def _by_size(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llm2vec_fast.model.checkpoint import (
+    DTYPES,
     TensorOnDisk,
     WeightsError,
     read_header,
@@ -28,13 +29,15 @@ from llm2vec_fast.model.transformer import Transformer
 from llm2vec_fast.model.weights import Slot, name_map, rows_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 # Settings that change what the adapter computes and that this engine does not have: refused if set.
 UNSUPPORTED = (
     "use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias", "megatron_config",
     "alora_invocation_tokens", "layer_replication", "target_parameters",
     "trainable_token_indices", "use_qalora", "use_bdlora", "arrow_config",
 )  # fmt: skip
+# These subtract the first adapter from the base weights, so that W + B A is not what was trained.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
 
 
 class AdapterError(WeightsError):
@@ -77,11 +80,54 @@ def read_config(directory: Path) -> dict:
             raise AdapterError(f"{path}: {key} = {config[key]!r} is not supported")
     if config.get("bias", "none") != "none":
         raise AdapterError(f"{path}: bias = {config['bias']!r} is not supported, only 'none'")
-    for key in ("r", "lora_alpha"):
-        value = config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise AdapterError(f"{path}: {key} must be a positive number, got {value!r}")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+        raise AdapterError(
+            f"{path}: init_lora_weights = {init!r} changes the base weights; convert the adapter "
+            "with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
+    for key, is_right, meaning in (
+        ("r", _positive, "a positive number"),
+        ("lora_alpha", _positive, "a positive number"),
+        ("target_modules", _names, "a regular expression or a list of names"),
+        ("exclude_modules", lambda x: not x or _names(x), "a regular expression or names"),
+        ("layers_to_transform", _layers, "a layer's number or a list of them"),
+        ("rank_pattern", _pattern_map, "a map from regular expressions to positive numbers"),
+        ("alpha_pattern", _pattern_map, "a map from regular expressions to positive numbers"),
+    ):
+        if not is_right(config.get(key)):
+            raise AdapterError(f"{path}: {key} must be {meaning}, got {config.get(key)!r:.80}")
     return config
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
+
+
+def _names(value: object) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(name, str) for name in value)
+    return _expression(value)
+
+
+def _layers(value: object) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return value is None or all(type(layer) is int for layer in values)
+
+
+def _pattern_map(value: object) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and all(_expression(_ending(key)) and _positive(v) for key, v in value.items())
+    )
+
+
+def _expression(value: object) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, TypeError, RecursionError, OverflowError):
+        return False
+    return isinstance(value, str)
 
 
 def open_adapter(directory: Path, model: ModelConfig) -> Adapter:
@@ -102,7 +148,7 @@ def open_adapter(directory: Path, model: ModelConfig) -> Adapter:
         if name.endswith("_proj.weight")
     }
     found = _by_module(read_header(path), path)
-    wanted = {name for name in linears if _is_target(name, config, path)}
+    wanted = {name for name in linears if _is_target(name, config)}
     for what, names in (("missing", wanted - found.keys()), ("unexpected", found.keys() - wanted)):
         if names:
             raise AdapterError(
@@ -138,22 +184,27 @@ def _by_module(tensors: dict[str, TensorOnDisk], path: Path) -> dict[str, dict[s
     return found
 
 
-def _is_target(name: str, config: dict, path: Path) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds last parts."""
-    targets = config.get("target_modules")
-    layers = config.get("layers_to_transform")
-    if layers is not None:
-        layers = [layers] if isinstance(layers, int) else layers
-        if int(name.split(".")[1]) not in layers:
-            return False
+def _is_target(name: str, config: dict) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds last parts;
+    a module that the list names in full counts in every layer.
+    """
+    targets, layers = config["target_modules"], config.get("layers_to_transform")
+    if config.get("exclude_modules") and _matches(name, config["exclude_modules"]):
+        return False
     if targets == "all-linear":
         return True
-    try:
-        if isinstance(targets, str):
-            return any(re.fullmatch(targets, form) for form in (name, f"model.{name}"))
-        return any(name == t or name.endswith("." + t.removeprefix("model.")) for t in targets)
-    except (re.error, TypeError, AttributeError) as error:
-        raise AdapterError(f"{path.parent / CONFIG}: target_modules {targets!r}: {error}") from None
+    if isinstance(targets, list) and not {name, f"model.{name}"}.isdisjoint(targets):
+        return True
+    layers = [layers] if isinstance(layers, int) else layers
+    return _matches(name, targets) and (not layers or int(name.split(".")[1]) in layers)
+
+
+def _matches(name: str, wanted: str | list[str]) -> bool:
+    """Bare models call a module `layers...`, those with a head `model.layers...`."""
+    forms = (name, f"model.{name}")
+    if isinstance(wanted, str):
+        return any(re.fullmatch(wanted, form) for form in forms)
+    return any(form == w or form.endswith(f".{w}") for form in forms for w in wanted)
 
 
 def _update(
@@ -169,6 +220,11 @@ def _update(
                 f"{path}: lora_{letter} of {name!r} has shape {pair[letter].shape}, "
                 f"the model and {CONFIG} ask for {shape}"
             )
+        if pair[letter].dtype not in DTYPES:
+            raise AdapterError(
+                f"{path}: lora_{letter} of {name!r} is {pair[letter].dtype}; "
+                f"{', '.join(DTYPES)} are read"
+            )
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return Update(pair["A"], pair["B"], scale)
 
@@ -176,9 +232,13 @@ def _update(
 def _pattern(patterns: dict | None, name: str, default: float):
     """PEFT's rank_pattern and alpha_pattern: the first expression that ends the name wins."""
     for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name) or re.match(rf"(.*\.)?({key})$", f"model.{name}"):
+        if re.match(_ending(key), name) or re.match(_ending(key), f"model.{name}"):
             return value
     return default
+
+
+def _ending(key: str) -> str:
+    return rf"(.*\.)?({key})$"
 
 
 @torch.no_grad()
@@ -201,34 +261,55 @@ def merge(model: Transformer, adapters: Sequence[Adapter]) -> None:
 def save(adapters: Sequence[Adapter], directory: Path, base: str) -> None:
     """Writes the adapters as one, in the layout of PEFT and the official library.
 
-    A single adapter keeps its rank and alpha. Several become one whose rank is their sum, with the
-    scales folded into B: exactly the sum of their updates, and any PEFT loads it.
+    A single adapter keeps its ranks and alphas. Several become one whose rank is their sum, with
+    the scales folded into B: exactly the sum of their updates, and any PEFT loads it.
     base: what adapter_config.json names as base_model_name_or_path
     """
     modules = {name: None for adapter in adapters for name in adapter.updates}
-    tensors, ranks = {}, {}
+    single = adapters[0].config if len(adapters) == 1 else None
+    tensors, ranks, alphas = {}, {}, {}
     for name in modules:
         updates = [a.updates[name] for a in adapters if name in a.updates]
-        if len(adapters) == 1:
+        if single:
             a_RD, b_OR = read_tensor(updates[0].a), read_tensor(updates[0].b)
         else:
             pairs = [update.factors() for update in updates]
             a_RD, b_OR = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
-        ranks[name] = len(a_RD)
+        rank = alpha = len(a_RD)
+        if single:
+            alpha = _pattern(single.get("alpha_pattern"), name, single["lora_alpha"])
+        ranks[name], alphas[name] = rank, alpha
         tensors[f"base_model.model.{name}.lora_A.weight"] = a_RD
         tensors[f"base_model.model.{name}.lora_B.weight"] = b_OR
     config = {**adapters[-1].config, "base_model_name_or_path": base, "inference_mode": True}
-    if len(adapters) > 1:
-        rank = max(ranks.values())
-        odd = {name: r for name, r in ranks.items() if r != rank}
-        config |= {
-            "r": rank,
-            "lora_alpha": rank,
-            "use_rslora": False,
-            "rank_pattern": {re.escape(name): r for name, r in odd.items()},
-            "alpha_pattern": {re.escape(name): r for name, r in odd.items()},
-            "target_modules": sorted({name.rsplit(".", 1)[1] for name in modules}),
-            "layers_to_transform": None,
-        }
+    # The keys are those of a bare model: whatever spoke of a model with a head is said anew.
+    config |= {
+        "r": max(ranks.values()),
+        "lora_alpha": max(alphas.values()),
+        "use_rslora": bool(single and single.get("use_rslora")),
+        "rank_pattern": _exceptions(ranks),
+        "alpha_pattern": _exceptions(alphas),
+        "target_modules": _targets(adapters, modules),
+    }
+    config |= dict.fromkeys(
+        ("task_type", "auto_mapping", "exclude_modules", "layers_to_transform", "layers_pattern")
+    )
     write_safetensors(tensors, directory / WEIGHTS)
     write_json(config, directory / CONFIG)
+
+
+def _exceptions(values: dict[str, float]) -> dict[str, float]:
+    """rank_pattern or alpha_pattern of the modules whose value is not the largest."""
+    usual = max(values.values())
+    return {re.escape(name): value for name, value in values.items() if value != usual}
+
+
+def _targets(adapters: Sequence[Adapter], modules: Iterable[str]) -> list[str]:
+    """Last parts of names where every adapter has all modules of that name, else whole names."""
+    for config in (adapter.config for adapter in adapters):
+        targets = config["target_modules"]
+        if config.get("layers_to_transform") not in (None, []) or config.get("exclude_modules"):
+            return list(modules)
+        if targets != "all-linear" and not (isinstance(targets, list) and set(targets) <= TARGETS):
+            return list(modules)
+    return sorted({name.rsplit(".", 1)[1] for name in modules})

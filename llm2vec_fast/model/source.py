@@ -49,10 +49,14 @@ def find(name: str) -> Path:
 
     raises: ValueError if it is neither
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.exists():
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path
+        local = path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.exists()
+    except (OSError, RuntimeError):  # a name without end, the home of nobody
+        local = True
+    if local:
         raise ValueError(f"{name!r} is not a directory with a model, and cannot be a hub name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llm2vec_fast.model.checkpoint import (
+    DTYPES,
     Reader,
     TensorOnDisk,
     WeightsError,
@@ -73,7 +74,7 @@ def rows_of(parameter: Tensor, slot: Slot, config: ModelConfig) -> Tensor:
 
 
 def match(found: dict[str, TensorOnDisk], slots: dict[str, Slot], where: object):
-    """Pairs every slot with its tensor on disk; WeightsError on missing, unexpected, misshapen."""
+    """Pairs every slot with its tensor on disk; WeightsError on whatever does not fit."""
     bare: dict[str, TensorOnDisk] = {}
     for name, tensor in found.items():
         name = name.removeprefix("model.")
@@ -95,6 +96,10 @@ def match(found: dict[str, TensorOnDisk], slots: dict[str, Slot], where: object)
             raise WeightsError(
                 f"{bare[name].path}: {name!r} has shape {bare[name].shape}, "
                 f"config.json asks for {slot.shape}"
+            )
+        if bare[name].dtype not in DTYPES:
+            raise WeightsError(
+                f"{bare[name].path}: {name!r} is {bare[name].dtype}; {', '.join(DTYPES)} are read"
             )
     return [(slot, bare[name]) for name, slot in slots.items()]
 

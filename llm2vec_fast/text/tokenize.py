@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
+from tokenizers.pre_tokenizers import Metaspace
 
 from llm2vec_fast.text.templates import Template
 
@@ -156,6 +157,9 @@ class TextTokenizer:
         head, self.lead = _cut_after_last(self.template.prefix, specials)
         self.tail, foot = _cut_before_first(self.template.suffix, specials)
         self.head_ids = [*self.start_ids, *self.ids_of(head)]
+        spaces = self.raw.pre_tokenizer
+        if head and isinstance(spaces, Metaspace) and spaces.prepend_scheme == "first":
+            spaces.prepend_scheme = "never"  # all that is still to come stands behind the head
         self.foot_ids = [*self.ids_of(foot), *self.end_ids]
         self.tail_ids = self._after_text(self.tail)
         if self.pooling_mode == "eos_token" and self.foot_ids[-1:] != [self.eos_id]:

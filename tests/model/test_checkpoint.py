@@ -82,7 +82,8 @@ def test_tensors_larger_than_the_buffer(tmp_path, monkeypatch, chunk):
         read_tensor(read_header(tmp_path / "x.safetensors")["a"])
 
 
-DUPLICATE = '{"a":%s,"a":%s}' % (json.dumps(GOOD["a"]), json.dumps(GOOD["b"]))  # noqa: UP031
+DUPLICATE = f'{{"a":{json.dumps(GOOD["a"])},"a":{json.dumps(GOOD["b"])}}}'
+TWIN = f'{{"a":{json.dumps(entry(0, 64))},"a":{json.dumps(entry(0, 64))}}}'
 MALFORMED = {
     "header longer than the file": (GOOD, bytes(64), 10_000),
     "header beyond the format's limit": (GOOD, bytes(64), 2**40),
@@ -106,8 +107,7 @@ MALFORMED = {
     "one offset": ({"a": {"dtype": "F32", "shape": [16], "data_offsets": [64]}}, bytes(64), None),
     "entry is a number": ({"a": 3}, bytes(64), None),
     "duplicate key": (DUPLICATE, bytes(64), None),
-    "duplicate key, same entry": ('{"a":%s,"a":%s}' % ((json.dumps(entry(0, 64)),) * 2), bytes(64),
-                                  None),  # noqa: UP031
+    "duplicate key, same entry": (TWIN, bytes(64), None),
     "no tensors": ({}, b"", None),
     "metadata alone": ({"__metadata__": {"format": "pt"}}, b"", None),
     "metadata is no map of strings": ({"__metadata__": {"x": {"y": 1}}, **GOOD}, bytes(64), None),

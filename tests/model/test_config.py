@@ -188,7 +188,7 @@ HOSTILE = [
     {"rope_scaling": {"type": "linear"}, "rope_theta": "x"},
     *({"rope_scaling": {"rope_type": kind, "factor": 2.0}}
       for kind in ("yarn", "dynamic", "longrope", "su", ["linear"], 7)),
-    *({"rope_scaling": {"rope_type": "linear", "factor": bad}} for bad in (0, -2, "x", float("nan"))),
+    *({"rope_scaling": {"rope_type": "linear", "factor": f}} for f in (0, -2, "x", float("nan"))),
     {"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
     {"rope_scaling": {"rope_type": "llama3", "original_max_position_embeddings": -1}},
     {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},

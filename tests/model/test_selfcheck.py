@@ -50,9 +50,11 @@ def test_loading_runs_the_check(tiny_model, add_tokenizer, tmp_path, monkeypatch
     directory = add_tokenizer(tiny_model(tmp_path, "llama"))
     honest = ops.attention
     assert LLM2Vec.from_pretrained(directory, enable_bidirectional=not causal, dtype="float32")
-    monkeypatch.setattr(
-        ops, "attention", lambda *args, causal, **options: honest(*args, causal=not causal, **options)
-    )
+
+    def wrong(*args, causal, **options):
+        return honest(*args, causal=not causal, **options)
+
+    monkeypatch.setattr(ops, "attention", wrong)
     with pytest.raises(RuntimeError, match="attention was asked to be"):
         LLM2Vec.from_pretrained(directory, enable_bidirectional=not causal, dtype="float32")
 

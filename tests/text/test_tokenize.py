@@ -270,6 +270,23 @@ def test_a_template_in_plain_characters_with_a_llama2_tokenizer(llama2):
     assert said(tokenizer, tokens.ids[tokens.start : tokens.end]) == "the answer [/INST]"
 
 
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize("prefix", ["<s>", "<s>user\n", "<s>[INST] ", "user "])
+def test_spaces_put_in_front_are_those_of_the_whole_string(llama2, tmp_path, scheme, prefix):
+    """Newer LLaMA tokenizers put "▁" before the first piece of a text only, not behind <s>."""
+    told = json.loads((llama2 / "tokenizer.json").read_text())
+    told["pre_tokenizer"] = {
+        "type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False,
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(told | {"normalizer": None}))
+    tokenizer = TextTokenizer(tmp_path, template=Template(prefix, " end</s>.the"))
+    whole = TextTokenizer(tmp_path).raw
+    whole.encode_special_tokens = False
+    for text in ("the answer", "(x)"):
+        expected = whole.encode(f"{prefix}{text} end</s>.the").ids
+        assert one(tokenizer, text).ids.tolist() == expected
+
+
 @pytest.mark.parametrize("template", [Template(), INST, LLAMA3])
 def test_skip_instruction_false_pools_everything(template):
     tokenizer = TextTokenizer(TINY, template=template, skip_instruction=False)
@@ -390,9 +407,24 @@ def test_a_text_that_becomes_one_token_with_the_template_is_not_empty(llama2, te
 def test_the_suffix_of_a_truncated_text_is_whole_though_it_merges_with_letters(llama2):
     for suffix in ("n", "nswer", " then", "..", "!?"):
         tokenizer = TextTokenizer(llama2, template=Template("", suffix), doc_max_length=3)
-        tokens = one(tokenizer, "( " * 9)
+        tokens = one(tokenizer, "(" * 9)
         assert tokens.status == "truncated"
         assert said(tokenizer, tokens.ids).endswith("(" + suffix)
+
+
+def test_max_length_holds_though_the_suffix_is_longer_behind_this_text(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    vocab = {piece: i for i, piece in enumerate(["a", "s", "t", "h", "i", "st", "th", "thi"])}
+    merges = [("s", "t"), ("t", "h"), ("th", "i")]
+    Tokenizer(models.BPE(vocab, merges)).save(str(tmp_path / "tokenizer.json"))
+    bare = TextTokenizer(tmp_path)
+    template = Template("", "thi")  # one token behind "a", but "st", "h", "i" behind "s"
+    roomy = one(TextTokenizer(tmp_path, template=template, max_length=6), "aaas")
+    assert said(bare, roomy.ids).split() == "a a a st h i".split()
+    tokens = one(TextTokenizer(tmp_path, template=template, max_length=5), "aaas")
+    assert said(bare, tokens.ids).split() == "a a a thi".split()
+    assert (tokens.status, tokens.note) == ("truncated", "3 of 4 tokens")
 
 
 PIECES = st.lists(st.sampled_from([*"thean.!字( \n", "the", "then", ".."]))
