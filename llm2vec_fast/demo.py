@@ -41,7 +41,7 @@ def run() -> None:
     print(f"embedding {DOCUMENTS} docstrings of Python's standard library with {directory.name}")
     # Until adapters are trained, the model's own causal attention gives the better vectors.
     model = LLM2Vec.from_pretrained(
-        directory, enable_bidirectional=False, pooling_mode="weighted_mean", max_length=256
+        directory, enable_bidirectional=False, pooling_mode="weighted_mean", max_length=128
     )
     output = work / f"vectors-{hashlib.sha256(corpus.read_bytes()).hexdigest()[:12]}"
     print(embed(corpus, model, output, id_column="id", keep=["text"], normalize=True))

@@ -229,3 +229,14 @@ def within_rule():
         assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def rounded_once():
+    """rounded_once(got, truth): computed in fp32 inside, then rounded to the dtype of `got`."""
+
+    def check(got: torch.Tensor, truth: torch.Tensor) -> None:
+        half_ulp = 0.501 * torch.finfo(got.dtype).eps * truth.abs()
+        assert ((got.double() - truth).abs() <= half_ulp + 1e-6 * truth.abs().max()).all()
+
+    return check

@@ -257,11 +257,15 @@ def test_the_hub_cache_is_accepted_and_nothing_else_of_it(sharded, tmp_path):
     (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors").symlink_to(tmp_path / "secret.safetensors")
     refused(snapshot, "outside")
+    elsewhere = tmp_path / "models--a--b" / "other" / "0123"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "model.safetensors").symlink_to("../../blobs/x")
+    refused(elsewhere, "outside")
 
 
 def test_a_missing_shard(sharded):
     (sharded / "two.safetensors").unlink()
-    refused(sharded, str(sharded / "two.safetensors"), "missing")
+    refused(sharded, str(sharded / "two.safetensors"), "is missing")
 
 
 def test_a_key_in_two_shards(sharded):

@@ -205,7 +205,9 @@ HOSTILE = [
      "layer_types": ["chunked_attention"] * 3},
     {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "layer_types": "x"},
     # each size is allowed, all together are not
-    {"vocab_size": 10_000_000, "hidden_size": 200_000, "num_hidden_layers": 2_000},
+    {"vocab_size": 10_000_000, "hidden_size": 200_000, "head_dim": 128},
+    {"hidden_size": 200_000, "head_dim": 128, "intermediate_size": 10**6,
+     "num_hidden_layers": 2_000},
 ]  # fmt: skip
 
 

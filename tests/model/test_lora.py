@@ -393,7 +393,7 @@ def test_files_that_are_missing(adapter, config):
     (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
     refused(adapter, config, "pickle", file=WEIGHTS)
     (adapter / "adapter_model.bin").unlink()
-    refused(adapter, config, "missing", file=WEIGHTS)
+    refused(adapter, config, "is missing", file=WEIGHTS)
     (adapter / "adapter_config.json").unlink()
     refused(adapter, config)
 

@@ -42,6 +42,13 @@ def test_equals_the_formula(within_rule, dtype, shape, with_residual):
     within_rule(y, plain(want_r, weight, EPS), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(rounded_once, dtype):
+    x, residual, weight = draw((37, 252), dtype), draw((37, 252), dtype, 2), draw((252,), dtype, 1)
+    y, _ = add_rms_norm(x, residual, weight, EPS)
+    rounded_once(y, truth(x, residual, weight, EPS)[0])
+
+
 def test_extreme_values_do_not_overflow(within_rule):
     x = draw((4, 252), torch.float16, scale=1.0)
     x *= 60_000 / x.abs().max()  # squares are far beyond fp16

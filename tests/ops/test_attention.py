@@ -13,7 +13,7 @@ from llm2vec_fast.ops import attention, attention_ref
 
 CPU_BACKENDS = ("sdpa", "reference")
 MASKS = list(itertools.product([False, True], [None, 1, 3, 100]))
-LENGTHS = (1, 5, 37, 1, 1, 5, 5)
+LENGTHS = (1, 5, 37, 1, 1, 5, 5, 4)  # 4: one more than a window of 3
 
 
 @pytest.fixture(params=CPU_BACKENDS)

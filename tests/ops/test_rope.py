@@ -60,6 +60,14 @@ def test_equals_complex_rotation(within_rule, dtype, heads, tokens, half):
     within_rule(got, other, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(rounded_once, dtype):
+    cos, sin = tables(37, 32)
+    positions, qkv = torch.arange(37), draw((37, 8 * 64), dtype)
+    want = truth(qkv, positions, cos, sin, 4, 2)
+    rounded_once(rope_(qkv, positions, cos, sin, 4, 2), want)
+
+
 @pytest.mark.parametrize("n, k", [(4, 4), (4, 2)])
 def test_equals_transformers(n, k):
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb

@@ -35,6 +35,12 @@ def test_equals_the_formula(within_rule, dtype, shape, scale):
     within_rule(got, plain, truth(gate_up))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(rounded_once, dtype):
+    gate_up = draw((37, 504), dtype)
+    rounded_once(swiglu(gate_up), truth(gate_up))
+
+
 def test_gate_comes_first():
     gate, up = torch.tensor([[2.0]]), torch.tensor([[3.0]])
     both = torch.cat([gate, up], dim=-1)

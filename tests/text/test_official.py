@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -119,9 +120,14 @@ def test_lone_surrogates_are_replaced():
     assert bad.ids.tolist() == good.ids.tolist()
 
 
-def test_a_limit_of_the_start_token_leaves_it_alone():
-    (tokens,) = official(TINY, max_length=1)(["the answer"], [""])
-    assert tokens.ids.tolist() == [1]
+def test_a_limit_below_the_added_tokens_leaves_those_alone(tmp_path):
+    shutil.copy(TINY / "tokenizer.json", tmp_path)
+    flags = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": True}
+    told = flags | {"bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+    for limit in (1, 2):
+        (tokens,) = official(tmp_path, max_length=limit)(["the answer"], [""])
+        assert tokens.ids.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
