@@ -19,6 +19,7 @@ from llm2vec_fast.batch import PackedBatch
 from llm2vec_fast.model import lora, weights
 from llm2vec_fast.model.checkpoint import write_json
 from llm2vec_fast.model.config import ModelConfig
+from llm2vec_fast.model.heap import keep_freed_memory
 from llm2vec_fast.model.selfcheck import check_attention_mode
 from llm2vec_fast.model.source import Sources, absolute, resolve
 from llm2vec_fast.model.transformer import Transformer
@@ -115,6 +116,8 @@ class LLM2Vec(nn.Module):
         kind = choose_dtype(dtype if torch_dtype is None else torch_dtype, target)
         adapters = [lora.open_adapter(path, config) for path in sources.adapters]
         causal = not settings["enable_bidirectional"]
+        if target.type == "cpu":
+            keep_freed_memory()
         model = weights.load(sources.base, config, causal, kind, target)
         lora.merge(model, adapters)
         check_attention_mode(model)
