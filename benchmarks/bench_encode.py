@@ -97,6 +97,8 @@ def main() -> None:
     parser.add_argument("--no-official", action="store_true", help="leave official llm2vec out")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/*.json")
     args = parser.parse_args()
+    if not args.no_official:
+        official.python_of_env()  # raises now rather than after minutes, if it is missing
     path = args.model or ensure_model()
     ours = LLM2Vec.from_pretrained(
         path,
@@ -170,6 +172,7 @@ def measure(runs, ours: LLM2Vec, lengths: list[int], args) -> list[dict]:
             "tokens": tokens,
             "rounds": args.rounds,
             "seconds": median(seconds[name]),
+            "all_seconds": seconds[name],
             "tokens_per_s": tokens / median(seconds[name]),
             "docs_per_s": len(lengths) / median(seconds[name]),
             "share_of_matmul": median(shares[name]),
