@@ -227,7 +227,8 @@ small, big = sys.argv[1:]
 for dtype in (torch.bfloat16, torch.float32):
     load(small, dtype)
 grown = {}
-for dtype in (torch.bfloat16, torch.float32):  # the larger one last: peaks only ever rise
+for dtype in (torch.bfloat16, torch.float32):
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from what is resident
     before = status("VmRSS")
     model = load(big, dtype)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -266,4 +267,5 @@ def test_loading_needs_no_second_copy(tiny_model, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     grown = json.loads(done.stdout)
-    assert all(0.9 < factor <= 1.2 for factor in grown.values()), grown
+    # The lower bound only says that something was measured: idle pages may be taken away meanwhile.
+    assert all(0.5 < factor <= 1.2 for factor in grown.values()), grown
