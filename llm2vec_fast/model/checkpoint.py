@@ -154,9 +154,9 @@ class Reader:
                 self._fill(file, want, source)
                 piece = flat[done // width : (done + want) // width]
                 piece.copy_(self._buffer[:want].view(dtype))
-                # A sum is the cheapest look: NaN and infinity survive it.
-                total = piece.sum(dtype=torch.float32)
-                self._checks.append((source, piece, total.isfinite()))
+                # A sum is the cheapest look: NaN and infinity survive it. In its own dtype: a wider
+                # one makes a copy of the piece, and the heap keeps the pages of every such copy.
+                self._checks.append((source, piece, piece.sum()))
                 done += want
 
     def _fill(self, file, want: int, source: TensorOnDisk) -> None:
@@ -169,11 +169,11 @@ class Reader:
 
     def refuse_non_finite(self) -> None:
         """One look at all that was read: a single host sync, however many tensors there were."""
-        if not self._checks or torch.stack([ok for *_, ok in self._checks]).all():
+        if not self._checks or torch.stack([total for *_, total in self._checks]).isfinite().all():
             return
-        # Only now the exact question: a sum of huge finite weights may overflow too.
-        checked = [(source, piece) for source, piece, ok in self._checks if not ok]
-        bad = {source.name: source.path for source, piece in checked if not piece.isfinite().all()}
+        # Only now the exact question: a sum of large finite weights may overflow too.
+        checks = [(source, piece) for source, piece, total in self._checks if not total.isfinite()]
+        bad = {source.name: source.path for source, piece in checks if not piece.isfinite().all()}
         if bad:
             name, path = min(bad.items())
             raise WeightsError(

@@ -348,10 +348,11 @@ def test_what_overflows_in_the_dtype_asked_for_is_refused(tmp_path):
         read_tensor(source, torch.float16)
 
 
-def test_finite_weights_are_not_refused_however_large(tmp_path):
-    huge = torch.finfo(torch.float32).max
-    save_file({"a": torch.full((64,), huge)}, tmp_path / "x.safetensors")
-    assert (read_tensor(read_header(tmp_path / "x.safetensors")["a"]) == huge).all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_finite_weights_are_not_refused_however_large(tmp_path, dtype):
+    huge = torch.finfo(dtype).max  # the sum, which is looked at first, overflows
+    save_file({"a": torch.full((64,), huge, dtype=dtype)}, tmp_path / "x.safetensors")
+    assert (read_tensor(read_header(tmp_path / "x.safetensors")["a"], dtype) == huge).all()
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
