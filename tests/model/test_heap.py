@@ -14,7 +14,8 @@ kept = keep_freed_memory() if sys.argv[1] == "keep" else None
 def pages():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.set_num_threads(1)
-torch.ones(48 << 20)
+for _ in range(12):  # small blocks carved out of a freed one make the heap grow a few times first
+    torch.ones(48 << 20)
 before = pages()
 for _ in range(5):
     torch.ones(48 << 20)
@@ -35,4 +36,4 @@ def test_pages_are_reused():
     _, without = faults("default")
     if without < 100:
         pytest.skip("this system does not count page faults")
-    assert kept == "True" and with_it < without
+    assert kept == "True" and with_it < without / 10
