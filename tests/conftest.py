@@ -12,6 +12,7 @@ import os
 import shutil
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -33,6 +34,9 @@ SIZES = {
 
 
 def pytest_configure(config):
+    # Before any kernel is defined: on a machine without a GPU Triton's interpreter runs them.
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["TRITON_INTERPRET"] = "1"
     # Tiny tensors gain nothing from threads, and spinning threads are six times slower as soon as
     # anything else runs on the machine.
     torch.set_num_threads(1)
@@ -240,3 +244,78 @@ def rounded_once():
         assert ((got.double() - truth).abs() <= half_ulp + 1e-6 * truth.abs().max()).all()
 
     return check
+
+
+class Place(NamedTuple):
+    """Where and in which dtype a kernel is tested."""
+
+    device: str
+    dtype: torch.dtype
+
+
+def _places():
+    for dtype in (torch.float32, torch.float16):  # the interpreter computes bf16 wrongly
+        yield pytest.param(Place("cpu", dtype), id=f"interpreter-{dtype}".replace("torch.", ""))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        name = f"gpu-{dtype}".replace("torch.", "")
+        yield pytest.param(Place("cuda", dtype), id=name, marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=_places())
+def place(request):
+    """A device and dtype for Triton kernels, which every op that has one is forced to use: Triton's
+    interpreter on the CPU (tiny shapes, 3 ms a program), or a GPU. Memory that kernels are given to
+    fill is filled with NaN before.
+    """
+    pytest.importorskip("triton")
+    from llm2vec_fast import ops
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3, device=request.param.device).isnan().all()
+        with ops.use("triton"):
+            yield request.param
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def draw():
+    """draw(shape, place, scale=1.0, seed=0) -> random normal values, rounded to its dtype"""
+
+    def make(shape, place, scale=1.0, seed=0) -> torch.Tensor:
+        noise = torch.Generator().manual_seed(seed)
+        values = scale * torch.randn(shape, generator=noise, dtype=torch.float64)
+        return values.to(place.dtype).to(place.device)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def values_and_gradients():
+    """values_and_gradients(function, inputs, dtype=None, seed=1) -> (outputs, gradients)
+
+    The gradients of a random weighting of all outputs by every floating input, computed
+    on detached copies in `dtype` (fp64 gives the truth).
+    """
+
+    def run(function, inputs, dtype=None, seed=1):
+        def own(x):
+            if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+                return x
+            return x.detach().to(dtype or x.dtype).requires_grad_()
+
+        inputs = [own(x) for x in inputs]
+        outputs = function(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        weights = []
+        for n, y in enumerate(outputs):
+            noise = torch.Generator().manual_seed(seed + n)
+            weight = torch.randn(y.shape, generator=noise, dtype=torch.float64)
+            weights.append(weight.half().to(y.dtype).to(y.device))
+        leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+        gradients = torch.autograd.grad(outputs, leaves, weights)
+        return [y.detach() for y in outputs], list(gradients)
+
+    return run

@@ -7,18 +7,30 @@ the choice is remembered per kind of call, so that asking again is one dictionar
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
 # A backend that no GPU has measured yet stands after one that a GPU has (benchmarks/results).
 PREFERENCE: dict[str, tuple[str, ...]] = {
-    "add_rms_norm": ("reference",),
-    "rope_": ("reference",),
-    "swiglu": ("reference",),
-    "pool": ("reference",),
-    "attention": ("flash_attn", "varlen", "sdpa", "reference"),
+    "add_rms_norm": ("triton", "cuda", "reference"),
+    "rope_": ("triton", "reference"),
+    "swiglu": ("triton", "cuda", "reference"),
+    "pool": ("triton", "cuda", "reference"),
+    "attention": ("flash_attn", "varlen", "flash_dropout", "triton", "sdpa", "reference"),
+    "masked_token_loss": ("triton", "reference"),
+    "info_nce": ("triton", "reference"),
+    "lora_linear": ("triton", "reference"),
+    "quantize_rows": ("triton", "reference"),
+    "add_rms_norm_fp8": ("triton", "cuda", "reference"),
+    "swiglu_fp8": ("triton", "cuda", "reference"),
+    "fp8_linear": ("scaled_mm", "reference"),
 }
 
 
@@ -33,13 +45,14 @@ class Call(NamedTuple):
     dropout: bool = False
     window: bool = False
     head_dim: int = 0
+    forced: bool = False  # asked for by use(): some backends run only then
 
 
 Refusal = Callable[[Call], str | None]
-_REFUSALS: dict[str, Refusal] = {"reference": lambda call: None}
 _forced: dict[str, str] = {}
-_chosen: dict[Call, str] = {}
+_chosen: dict[tuple, str] = {}
 _arch_of_device: dict[int, int] = {}
+_meta_arch = 90
 
 
 def register(name: str, refuses: Refusal) -> None:
@@ -48,9 +61,11 @@ def register(name: str, refuses: Refusal) -> None:
 
 
 def arch_of(device: torch.device) -> int:
-    """Compute capability of a CUDA device as one number (90 for 9.0), 0 for any other device."""
+    """Compute capability of a CUDA device as one number (90 for 9.0), 0 for the CPU; for meta
+    tensors that of the GPU they stand for.
+    """
     if device.type != "cuda":
-        return 0
+        return _meta_arch if device.type == "meta" else 0
     index = device.index if device.index is not None else torch.cuda.current_device()
     if index not in _arch_of_device:
         major, minor = torch.cuda.get_device_capability(index)
@@ -58,23 +73,76 @@ def arch_of(device: torch.device) -> int:
     return _arch_of_device[index]
 
 
-def choose(op: str, x: torch.Tensor, *, dropout=False, window=False, head_dim=0) -> str:
-    """The backend that runs `op` on a tensor like `x`; about one microsecond after the first
-    call.
+def set_meta_arch(arch: int) -> int:
+    """Sets which GPU meta tensors stand for (90 for 9.0); returns what was set before."""
+    global _meta_arch
+    before, _meta_arch = _meta_arch, arch
+    _chosen.clear()
+    return before
+
+
+def choose(
+    op: str, x: torch.Tensor, *others: torch.Tensor | None, dropout=False, window=False, head_dim=0
+) -> str:
+    """The backend that runs `op` on tensors like `x`; about one microsecond after the first call.
+
+    others: the further inputs that a gradient may be wanted for
     """
-    needs_grad = x.requires_grad and torch.is_grad_enabled()
-    call = Call(
-        op, x.device.type, arch_of(x.device), x.dtype, needs_grad, dropout, window, head_dim
-    )
-    name = _chosen.get(call)
+    needs_grad = False
+    if torch.is_grad_enabled():
+        needs_grad = x.requires_grad
+        for other in others:
+            needs_grad = needs_grad or (other is not None and other.requires_grad)
+    device = x.device
+    key = (op, device, x.dtype, needs_grad, dropout, window, head_dim)
+    name = _chosen.get(key)
     if name is None:
-        name = _chosen[call] = _decide(call)
+        call = Call(
+            op, device.type, arch_of(device), x.dtype, needs_grad, dropout, window, head_dim,
+            forced=op in _forced,
+        )  # fmt: skip
+        name = _chosen[key] = _decide(call)
     return name
+
+
+@functools.cache
+def kernels(op: str) -> ModuleType:
+    """The module of an operation's Triton kernels, imported at first use."""
+    return importlib.import_module(f"llm2vec_fast.ops.kernels.{op.rstrip('_')}")
+
+
+def _triton_refuses(call: Call) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if call.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"computes in bf16, fp16 and fp32, not {call.dtype}"
+    if call.device == "meta":
+        return None if call.forced else "computes nothing on meta tensors; runs there if forced"
+    if call.device == "cpu" and call.forced and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if call.device != "cuda":
+        return "needs a CUDA device (on the CPU: TRITON_INTERPRET=1 and forced, for tests)"
+    if call.arch < 80:
+        return f"needs compute capability 8.0 or newer, this device has {call.arch / 10}"
+    return None
+
+
+def _cuda_refuses(call: Call) -> str | None:
+    from llm2vec_fast.ops import _cuda  # below this module in import order, so asked for late
+
+    return _cuda.refuses(call)
+
+
+_REFUSALS: dict[str, Refusal] = {
+    "reference": lambda call: None,
+    "triton": _triton_refuses,
+    "cuda": _cuda_refuses,
+}
 
 
 def _decide(call: Call) -> str:
     reasons = {}
-    candidates = (_forced[call.op],) if call.op in _forced else PREFERENCE[call.op]
+    candidates = (_forced[call.op],) if call.forced else PREFERENCE[call.op]
     for name in candidates:
         reason = _REFUSALS[name](call)
         if reason is None:

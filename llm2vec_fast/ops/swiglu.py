@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm2vec_fast.ops.backend import choose, kernels
+
 
 def unpack_gate_up(gate_up_T2F: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
     """Views of gate and up in a fused projection, its weight or its bias: gate first, then up."""
@@ -26,7 +28,21 @@ def swiglu(gate_up_T2F: Tensor) -> Tensor:
     """
     if gate_up_T2F.shape[-1] % 2:
         raise ValueError(f"swiglu: the last dimension must be even, got {tuple(gate_up_T2F.shape)}")
+    if choose("swiglu", gate_up_T2F) == "triton":
+        return _SwiGLU.apply(gate_up_T2F)
     return swiglu_ref(gate_up_T2F)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up_T2F):
+        ctx.save_for_backward(gate_up_T2F)
+        return kernels("swiglu").forward(gate_up_T2F)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy_TF):
+        return kernels("swiglu").backward(dy_TF, *ctx.saved_tensors)
 
 
 def swiglu_ref(gate_up_T2F):

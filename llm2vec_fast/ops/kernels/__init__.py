@@ -1,0 +1,1 @@
+"""Triton kernels, one module per operation, imported at first use by `backend.kernels`."""
