@@ -96,7 +96,10 @@ def _graph(function, inputs, fixed=False):
 def of_backends(
     op: str, function: Callable, device: str, dtype: torch.dtype
 ) -> dict[str, Callable]:
-    """{"ours NAME": function} for each backend of `op` that can run here, each forced."""
+    """{"ours NAME": function} for each backend of `op` that can run here, each forced.
+
+    On meta tensors that is Triton alone, whose launches `benchmarks.cross_compile` records there.
+    """
 
     def forced(name: str) -> Callable:
         def run(*inputs):
@@ -105,7 +108,8 @@ def of_backends(
 
         return run
 
-    names = [name for name, reason in ops.available(op, device, dtype).items() if reason is None]
+    reasons = {"triton": None} if device == "meta" else ops.available(op, device, dtype)
+    names = [name for name, reason in reasons.items() if reason is None]
     return {f"ours {name}": forced(name) for name in names}
 
 
