@@ -9,13 +9,25 @@ TORCH_INDEX ?=
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 PINS   := -c constraints.txt
 
-.PHONY: demo test lint install official clean
+.PHONY: demo test test-twin lint install official clean
 
 demo: $(STAMP)/project
 	$(BIN)/llm2vec-fast demo
 
 test: $(STAMP)/project
 	$(BIN)/python -m pytest
+
+# The versions of a GPU machine, with PyPI's CUDA build of torch (4.7 GB; needs no GPU to import):
+# operations, kernels through its Triton, csrc. Run before a session on a GPU.
+TWIN_PYTHON ?= $(PYTHON)
+test-twin: .venv-twin/.stamp
+	.venv-twin/bin/python -m pytest tests/ops tests/model tests/test_batch.py
+
+.venv-twin/.stamp: constraints-twin.txt pyproject.toml setup.py
+	$(TWIN_PYTHON) -m venv .venv-twin
+	.venv-twin/bin/pip install -q -c constraints-twin.txt torch "setuptools>=77"
+	.venv-twin/bin/pip install -q -c constraints-twin.txt --no-build-isolation -e '.[demo,dev]'
+	touch $@
 
 lint: $(STAMP)/project
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -42,4 +54,4 @@ $(STAMP)/project: pyproject.toml setup.py $(STAMP)/torch
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-twin build *.egg-info

@@ -3,9 +3,10 @@
     python -m benchmarks.cross_compile --arch 90 swiglu pool
     python -m benchmarks.cross_compile --json
 
-Every case of bench_<op>.py (and its `variants()`, shapes that are compiled but not measured) runs
-through our Triton backend on meta tensors: the launches that a GPU would have seen are recorded, and
-each distinct one is compiled to machine code with the very arguments' types and divisibility.
+Every case of bench_<op>.py (and its `variants()`: shapes that are compiled but not measured) runs
+through our Triton backend on meta tensors. The launches that a GPU would have seen are recorded,
+and each distinct one is compiled to machine code, with its arguments' own types and divisibility.
+A bench_<op>.py may name the `ARCHS` that its kernels are for.
 Not with TRITON_INTERPRET=1: interpreted kernels cannot be compiled.
 """
 
@@ -35,7 +36,7 @@ FOLDER = Path(__file__).parent
 
 
 def bench_modules(names: list[str]) -> list[str]:
-    """Names of the operations whose bench_<op>.py has `cases(device)`; all if none are asked for."""
+    """Operations whose bench_<op>.py has `cases(device)`; all of them if none are asked for."""
     found = sorted(p.stem.removeprefix("bench_") for p in FOLDER.glob("bench_*.py"))
     unknown = set(names) - set(found)
     if unknown:
@@ -65,7 +66,7 @@ def launches_of(name: str, arch: int) -> Iterator[tuple[str, Launch]]:
 
 
 def compile_for(launch: Launch, arch: int) -> dict:
-    """Compiles one launch; gives registers, spilled bytes, shared memory and matrix instructions."""
+    """Compiles one launch: registers, spilled bytes, shared memory, matrix instructions."""
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     kernel = launch.kernel
@@ -106,7 +107,7 @@ def _matrix_instructions(ptx: str) -> str:
 
 
 def _resources(cubin: bytes) -> dict:
-    """Registers a thread and bytes spilled to local memory, as Triton's own cuobjdump tells them."""
+    """Registers a thread and bytes of local memory (spills), told by Triton's own cuobjdump."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -122,13 +123,19 @@ def survey(names: list[str], archs: list[int]) -> Iterator[dict]:
     """A row for every distinct launch of these operations."""
     seen = set()
     for name in bench_modules(names):
-        for arch in archs:
+        for arch in set(archs) & set(getattr(_module(name), "ARCHS", archs)):
             for case, launch in launches_of(name, arch):
                 key = key_of(launch, arch)
                 if key in seen:
                     continue
                 seen.add(key)
-                row = {"op": name, "kernel": launch.kernel.fn.__name__, "arch": arch, "case": case}
+                row = {
+                    "op": name,
+                    "module": launch.kernel.fn.__module__.rpartition(".")[2],
+                    "kernel": launch.kernel.fn.__name__,
+                    "arch": arch,
+                    "case": case,
+                }
                 try:
                     yield row | compile_for(launch, arch)
                 except Exception as error:

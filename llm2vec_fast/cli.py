@@ -82,11 +82,14 @@ def search(
 @app.command()
 def doctor(
     model: Annotated[str | None, Option(help="Also look at this model's directory")] = None,
+    gpu: Annotated[bool, Option("--gpu", help="Check every GPU kernel against fp64")] = False,
 ) -> None:
     """Show the machine, versions, compilers, and which backend runs each operation, and why."""
-    from llm2vec_fast.doctor import report
+    from llm2vec_fast.doctor import check_kernels, report
 
     report(model)
+    if gpu and not check_kernels():
+        raise typer.Exit(1)
 
 
 @app.command()

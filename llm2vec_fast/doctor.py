@@ -56,6 +56,34 @@ def report(model: str | None = None) -> None:
         console.print(_table(f"model {model}", ("what", "found"), _model_rows(model)))
 
 
+def check_kernels(device: str = "cuda") -> bool:
+    """Runs every backend of every operation against its fp64 reference and prints what came out.
+
+    Half a minute on a GPU. On "cpu" Triton's interpreter does it with tiny inputs in fp32, where
+    TRITON_INTERPRET=1 is set before the program starts.
+    returns: True if nothing that ran was wrong and something ran
+    """
+    from llm2vec_fast.ops._check import findings
+
+    if device == "cuda" and not torch.cuda.is_available():
+        Console().print("doctor --gpu: torch sees no CUDA GPU here; nothing was checked.")
+        return False
+    small = device == "cpu"
+    dtypes = [torch.float32] if small else [torch.bfloat16, torch.float16, torch.float32]
+    table = Table(title=f"operations on {device} against fp64", title_justify="left")
+    for column in ("operation", "backend", "dtype", "relative error", "bound", "verdict"):
+        table.add_column(column)
+    ran, good = 0, True
+    for found in findings(torch.device(device), dtypes, small):
+        ran, good = ran + (found.error is not None), good and found.ok
+        error = "" if found.error is None else f"{found.error:.1e}"
+        verdict = "refused: " if found.ok else "WRONG: "
+        verdict = "right" if found.ok and not found.reason else f"{verdict}{found.reason or ''}"
+        table.add_row(*found[:3], error, f"{found.bound:.0e}", escape(verdict))
+    Console().print(table)
+    return good and ran > 0
+
+
 def _backends(device: str, dtype: torch.dtype) -> Table:
     name = str(dtype).removeprefix("torch.")
     title = f"operations on {device} in {name} (head dimension 64)"

@@ -32,6 +32,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "swiglu_fp8": ("triton", "cuda", "reference"),
     "fp8_linear": ("scaled_mm", "reference"),
 }
+FP8_OPS = ("quantize_rows", "add_rms_norm_fp8", "swiglu_fp8", "fp8_linear")
 
 
 class Call(NamedTuple):
@@ -116,6 +117,8 @@ def _triton_refuses(call: Call) -> str | None:
         return "Triton is not installed"
     if call.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"computes in bf16, fp16 and fp32, not {call.dtype}"
+    if call.op in FP8_OPS and 0 < call.arch < 89:
+        return f"fp8 e4m3 needs compute capability 8.9 or newer, this device has {call.arch / 10}"
     if call.device == "meta":
         return None if call.forced else "computes nothing on meta tensors; runs there if forced"
     if call.device == "cpu" and call.forced and os.environ.get("TRITON_INTERPRET") == "1":

@@ -162,3 +162,50 @@ def test_what_varlen_refuses(changed, reason):
     good = {"op": "attention", "device": "cuda", "arch": 90, "dtype": torch.bfloat16}
     told = varlen_refuses(backend.Call(**good | {"head_dim": 128} | changed))
     assert told is None if reason is None else reason in told
+
+
+def test_a_gradient_for_any_input_counts():
+    wants, plain = X.clone().requires_grad_(), None
+    assert backend.choose("one", X, X, plain) == "no_grad"
+    assert backend.choose("one", X, wants, plain) == "reference"
+    assert backend.choose("one", X, plain, wants) == "reference"
+    with torch.no_grad():
+        assert backend.choose("one", X, wants) == "no_grad"
+
+
+GOOD = {"op": "swiglu", "device": "cuda", "arch": 90, "dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({}, None),
+        ({"device": "cpu"}, "CUDA"),
+        ({"device": "meta"}, "forced"),
+        ({"device": "meta", "forced": True}, None),
+        ({"arch": 75}, "7.5"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"op": "swiglu_fp8"}, None),
+        ({"op": "swiglu_fp8", "arch": 80}, "8.9"),
+    ],
+)
+def test_what_triton_refuses(made_up, monkeypatch, changed, reason):
+    monkeypatch.undo()
+    told = backend._REFUSALS["triton"](backend.Call(**GOOD | changed))
+    assert told is None if reason is None else reason in told
+
+
+def test_triton_runs_on_the_cpu_only_if_interpreted_and_asked_for(made_up, monkeypatch):
+    monkeypatch.undo()
+    refuses = backend._REFUSALS["triton"]
+    call = backend.Call("swiglu", "cpu", 0, torch.float32, forced=True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert refuses(call) is None and "CUDA" in refuses(call._replace(forced=False))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "CUDA" in refuses(call)
+
+
+def test_triton_absent_is_a_reason(made_up, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in backend._REFUSALS["triton"](backend.Call(**GOOD))
