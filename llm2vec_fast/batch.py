@@ -41,7 +41,8 @@ class PackedBatch:
 
         ids:     B sequences of token ids, none of them empty
         spans:   B pairs [start, end) within each text, default the whole text
-        raises:  ValueError naming the text that is empty or whose span is not inside it
+        raises:  ValueError naming the text that is empty or whose span is not inside it, and on
+                 ids that are no token ids
         """
         lengths = tuple(len(text) for text in ids)
         if not lengths:
@@ -61,7 +62,13 @@ class PackedBatch:
         host = torch.empty(2 * total + count + 1 + 2 * count, dtype=torch.int32, pin_memory=on_cuda)
         flat = host.numpy()
         bounds = [0, *itertools.accumulate(lengths)]
-        np.concatenate(ids, out=flat[:total], casting="same_kind")
+        joined = np.concatenate(ids)
+        if joined.dtype.kind not in "iu" or joined.min() < 0 or joined.max() >= 1 << 31:
+            raise ValueError(
+                f"PackedBatch: token ids must be whole numbers from 0 to 2^31 - 1, got "
+                f"{joined.dtype} from {joined.min()} to {joined.max()}"
+            )
+        flat[:total] = joined
         flat[total : 2 * total] = np.arange(total) - np.repeat(bounds[:-1], lengths)
         flat[2 * total : 2 * total + count + 1] = bounds
         flat[2 * total + count + 1 :] = (np.asarray(spans) + np.asarray(bounds)[:-1, None]).ravel()

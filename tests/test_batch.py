@@ -114,3 +114,9 @@ def test_unpacking_gives_back_what_was_packed(case):
         assert batch.ids[start:end].tolist() == row[slice(*span)]
     flat = batch.spans.flatten()
     assert (flat.diff() >= 0).all()  # disjoint, ascending
+
+
+@pytest.mark.parametrize("bad", [[-1], [2**31], [2**63 - 1], [1.5], [2**40, 3]])
+def test_what_is_no_token_id_is_refused(bad):
+    with pytest.raises(ValueError, match="token ids must be whole numbers"):
+        PackedBatch.build([[1, 2], bad])

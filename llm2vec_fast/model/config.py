@@ -19,6 +19,8 @@ LIMITS = {
     "max_position_embeddings": 2**31 - 1,
 }
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# transformers' value where the key is left out; null there means as many as query heads.
+KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 
 
 class ConfigError(ValueError):
@@ -98,7 +100,9 @@ class ModelConfig:
             raise ConfigError(f"model_type {family!r} is not supported; {', '.join(FAMILIES)} are")
         _refuse_what_changes_the_model(raw)
         heads = _size(raw, "num_attention_heads")
-        kv_heads = _size(raw, "num_key_value_heads", heads)
+        left_out = "num_key_value_heads" not in raw
+        kv_heads = KV_HEADS.get(family, heads) if left_out else heads
+        kv_heads = _size(raw, "num_key_value_heads", kv_heads)
         if heads % kv_heads:
             raise ConfigError(
                 f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"

@@ -49,6 +49,8 @@ def find(name: str) -> Path:
 
     raises: ValueError if it is neither
     """
+    if not name.strip():  # Path("") is the working directory, which nobody meant
+        raise ValueError(f"{name!r} names no model; give a directory or a hub name")
     try:
         path = Path(name).expanduser()
         if path.is_dir():

@@ -136,7 +136,9 @@ class Transformer(nn.Module):
         """cos and sin of at least `length` positions, (P, H/2) fp32 each; grown by doubling."""
         if self._rope is None or len(self._rope[0]) < length or self._rope[0].device != device:
             positions = max(512, 1 << (length - 1).bit_length())
-            self._rope = rope_tables(self.config.rope, self.config.head_dim, positions, device)
+            # Inference tensors could not be saved for a backward pass by a later call.
+            with torch.inference_mode(False):
+                self._rope = rope_tables(self.config.rope, self.config.head_dim, positions, device)
         return self._rope
 
 

@@ -49,6 +49,19 @@ def test_sizes():
     assert read(head_dim=None).head_dim == 12
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kv_heads", [GONE, 16])
+def test_kv_heads_left_out_are_as_many_as_transformers_says(family, kv_heads):
+    from transformers import AutoConfig
+
+    told = {} if kv_heads is GONE else {"num_key_value_heads": kv_heads}
+    theirs = AutoConfig.for_model(family, num_attention_heads=32, hidden_size=384, **told)
+    ours = read(
+        model_type=family, num_attention_heads=32, hidden_size=384, num_key_value_heads=kv_heads
+    )
+    assert ours.n_kv_heads == theirs.num_key_value_heads
+
+
 def test_the_count_of_parameters_is_that_of_the_matrices():
     attention = 48 * (4 + 2 + 2 + 4) * 12
     assert read().n_parameters == 3 * (attention + 3 * 48 * 80) + 300 * 48

@@ -143,6 +143,13 @@ def test_absent_paths_are_refused_without_the_network(tmp_path, name):
         resolve(str(adapter(tmp_path / "adapter", name)), [])
 
 
+@pytest.mark.parametrize("name", ["", " ", "\n"])
+def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="names no model"):
+        find(name)
+
+
 def test_a_file_in_the_working_directory_is_no_hub_name(tmp_path, monkeypatch):
     (tmp_path / "weights").touch()
     monkeypatch.chdir(tmp_path)

@@ -244,3 +244,11 @@ def test_real_model_equals_transformers(smollm2, real_oracle, ours, causal):
     assert (mine - truth).norm() <= 2 * (theirs - truth).norm()
     if causal:
         assert relative(mine, theirs) <= 1e-5
+
+
+def test_rope_tables_made_in_inference_mode_serve_a_backward_pass(tiny_model, ours):
+    model = ours(tiny_model(None, "llama"))
+    batch = PackedBatch.build([[5, 6, 7]])
+    with torch.inference_mode():
+        model(batch)
+    assert not any(table.is_inference() for table in model._rope)
