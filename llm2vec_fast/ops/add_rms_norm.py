@@ -1,6 +1,6 @@
 """Residual add and RMSNorm in one operation.
 
-T tokens (or any number of rows), D model
+T tokens (or any number of rows), D model (or head) dimension
 """
 
 from __future__ import annotations
@@ -8,22 +8,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm2vec_fast.ops.backend import choose, kernels
+
 
 def add_rms_norm(
     x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The running residual r = x + residual and its norm y = r / rms(r) * weight.
 
-    x_TD:         (..., D) bf16/fp16/fp32, the output of the layer before
-    residual_TD:  like x_TD, or None at the first layer (then r = x)
-    weight_D:     (D,)
+    x_TD:         (..., D) bf16/fp16/fp32, the output of the layer before; a strided (T, N, H) view
+                  of the heads of a projection is read where it lies
+    residual_TD:  like x_TD, or None at the first layer (then r is x itself)
+    weight_D:     (D,), its dtype may differ from x's
     returns:      y, r, both like x_TD; the norm is computed in fp32
     raises:       ValueError if shapes or dtypes do not fit
     source:       Zhang and Sennrich 2019, arXiv:1910.07467
     """
-    if weight_D.shape != x_TD.shape[-1:]:
+    if weight_D.dim() != 1 or weight_D.shape != x_TD.shape[-1:]:
         raise ValueError(
-            f"add_rms_norm: weight is {tuple(weight_D.shape)}, x ends in {x_TD.shape[-1]}"
+            f"add_rms_norm: weight is {tuple(weight_D.shape)}, x is {tuple(x_TD.shape)}; "
+            "the weight must be as long as x's last dimension"
+        )
+    if not (x_TD.is_floating_point() and weight_D.is_floating_point()):
+        raise ValueError(
+            f"add_rms_norm: x is {x_TD.dtype}, weight is {weight_D.dtype}; both must be floating"
         )
     if residual_TD is not None and (
         residual_TD.shape != x_TD.shape or residual_TD.dtype != x_TD.dtype
@@ -32,7 +40,68 @@ def add_rms_norm(
             f"add_rms_norm: residual is {tuple(residual_TD.shape)} {residual_TD.dtype}, "
             f"x is {tuple(x_TD.shape)} {x_TD.dtype}; they must be alike"
         )
+    backend = choose("add_rms_norm", x_TD, residual_TD, weight_D)
+    if backend == "triton":
+        return _triton(x_TD, residual_TD, weight_D, eps)
+    if backend == "cuda":
+        from llm2vec_fast.ops import _cuda
+
+        return _cuda.add_rms_norm(x_TD, residual_TD, weight_D, eps)
     return add_rms_norm_ref(x_TD, residual_TD, weight_D, eps)
+
+
+def _triton(x_TD, residual_TD, weight_D, eps):
+    saves = torch.is_grad_enabled() and (
+        x_TD.requires_grad
+        or weight_D.requires_grad
+        or (residual_TD is not None and residual_TD.requires_grad)
+    )
+    if not saves:
+        y_TD, r_TD, _ = kernels("add_rms_norm").forward(x_TD, residual_TD, weight_D, eps, False)
+    elif residual_TD is None:
+        # x is not passed through the node: autograd adds what comes back through r by itself.
+        y_TD, r_TD = _RMSNorm.apply(x_TD, weight_D, eps), None
+    else:
+        y_TD, r_TD = _AddRMSNorm.apply(x_TD, residual_TD, weight_D, eps)
+    return y_TD, x_TD if r_TD is None else r_TD
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, residual_TD, weight_D, eps):
+        ctx.set_materialize_grads(False)
+        y_TD, r_TD, rstd = kernels("add_rms_norm").forward(x_TD, residual_TD, weight_D, eps, True)
+        ctx.save_for_backward(r_TD, weight_D, rstd)
+        return y_TD, r_TD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy_TD, dr_TD):
+        wants_x, wants_residual, wants_weight, _ = ctx.needs_input_grad
+        if dy_TD is None:  # only the residual stream went on
+            dx_TD, dweight_D = dr_TD, None
+        else:
+            dx_TD, dweight_D = kernels("add_rms_norm").backward(
+                dy_TD, dr_TD, *ctx.saved_tensors, wants_x or wants_residual, wants_weight
+            )
+        return dx_TD if wants_x else None, dx_TD if wants_residual else None, dweight_D, None
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, weight_D, eps):
+        y_TD, _, rstd = kernels("add_rms_norm").forward(x_TD, None, weight_D, eps, True)
+        ctx.save_for_backward(x_TD, weight_D, rstd)
+        return y_TD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy_TD):
+        wants_x, wants_weight, _ = ctx.needs_input_grad
+        dx_TD, dweight_D = kernels("add_rms_norm").backward(
+            dy_TD, None, *ctx.saved_tensors, wants_x, wants_weight
+        )
+        return dx_TD, dweight_D, None
 
 
 def add_rms_norm_ref(x_TD, residual_TD, weight_D, eps):

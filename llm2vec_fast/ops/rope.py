@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm2vec_fast.ops.backend import choose, kernels
+
 
 def rope_(
     qkv_TS: Tensor,
@@ -19,25 +21,65 @@ def rope_(
 ) -> Tensor:
     """Rotates the queries and keys of a packed projection in place; the values stay as they are.
 
-    qkv_TS:       (T, (N + 2K) H): N query heads, then K key heads, then K value heads
-    positions_T:  (T,) integer, each token's position in its own text
-    cos_PE:       (P, E) fp32 table, sin_PE likewise; P > the largest position (not checked here)
+    qkv_TS:       (T, (N + 2K) H) bf16/fp16/fp32: N query heads, then K key heads, then K value
+                  heads; rows of a wider tensor are written where they lie
+    positions_T:  (T,) int32 or int64, each token's position in its own text
+    cos_PE:       (P, E) fp32 table, sin_PE likewise; P > the largest position (not checked here);
+                  constants: no gradient reaches them
     returns:      qkv_TS itself
-    raises:       ValueError if shapes do not fit
+    raises:       ValueError if shapes or dtypes do not fit; RuntimeError, as torch does, for a leaf
+                  that requires a gradient
     source:       Su et al. 2021, arXiv:2104.09864; halves rotate as in Hugging Face's rotate_half
     """
+    _check(qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads)
+    if choose("rope_", qkv_TS, head_dim=2 * cos_PE.shape[1]) != "triton":
+        return rope_ref_(qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads)
+    arguments = (qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads)
+    if qkv_TS.requires_grad and torch.is_grad_enabled():
+        if qkv_TS.is_leaf:  # torch would say so too, but only after the values are gone
+            raise RuntimeError("rope_: a leaf that requires grad cannot be changed in place")
+        return _Rope.apply(*arguments)
+    kernels("rope_").rotate_(*arguments)
+    torch.autograd.graph.increment_version(qkv_TS)  # whoever saved it before must be told
+    return qkv_TS
+
+
+def _check(qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads) -> None:
     heads = n_heads + 2 * n_kv_heads
-    if qkv_TS.dim() != 2 or qkv_TS.shape[1] != heads * 2 * cos_PE.shape[-1]:
+    if cos_PE.dim() != 2 or cos_PE.shape != sin_PE.shape:
+        raise ValueError(
+            f"rope_: cos {tuple(cos_PE.shape)} and sin {tuple(sin_PE.shape)} must both be (P, E)"
+        )
+    if qkv_TS.dim() != 2 or qkv_TS.shape[1] != heads * 2 * cos_PE.shape[1]:
         raise ValueError(
             f"rope_: qkv is {tuple(qkv_TS.shape)}, but {heads} heads of dimension "
-            f"{2 * cos_PE.shape[-1]} need (T, {heads * 2 * cos_PE.shape[-1]})"
+            f"{2 * cos_PE.shape[1]} need (T, {heads * 2 * cos_PE.shape[1]})"
         )
-    if positions_T.shape != qkv_TS.shape[:1] or cos_PE.shape != sin_PE.shape:
+    if positions_T.shape != qkv_TS.shape[:1]:
         raise ValueError(
-            f"rope_: positions {tuple(positions_T.shape)} for qkv {tuple(qkv_TS.shape)}, "
-            f"cos {tuple(cos_PE.shape)}, sin {tuple(sin_PE.shape)}"
+            f"rope_: positions {tuple(positions_T.shape)} for qkv {tuple(qkv_TS.shape)}"
         )
-    return rope_ref_(qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads)
+    if positions_T.dtype not in (torch.int32, torch.int64) or not qkv_TS.is_floating_point():
+        raise ValueError(
+            f"rope_: positions are {positions_T.dtype}, qkv is {qkv_TS.dtype}; "
+            "they must be int32 or int64, and floating"
+        )
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv_TS, *arguments):
+        # Not save_for_backward: the tables may be inference tensors, which it refuses.
+        ctx.arguments = arguments
+        ctx.mark_dirty(qkv_TS)
+        return kernels("rope_").rotate_(qkv_TS, *arguments)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dqkv_TS):
+        # Into a new tensor: the gradient that came in may be someone else's too.
+        dqkv_TS = kernels("rope_").rotated(dqkv_TS, *ctx.arguments, inverse=True)
+        return dqkv_TS, *(None for _ in ctx.arguments)
 
 
 def rope_ref_(qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads):
