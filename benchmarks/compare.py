@@ -184,6 +184,9 @@ def _timed(runs: list[Callable], device: str) -> list[float]:
 def run_case(case: Case, device: str, rates: Ceilings, seconds: float = 1.0) -> list[dict]:
     """A row for each rival; a rival that fails gets a row with its error instead of a time."""
     sets = [case.make() for _ in range(_sets_past_cache(case.make(), device))]
+    if any("compile" in name for name in case.rivals):
+        # After 8 recompilations of one function dynamo quietly stays eager: a straw man.
+        torch.compiler.reset()
     rows, turns = [], {}
     for name, prepare in case.rivals.items():
         row = {"op": case.op, "what": case.what, "shape": case.shape, "backend": name}

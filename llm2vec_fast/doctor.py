@@ -71,17 +71,21 @@ def check_kernels(device: str = "cuda") -> bool:
     small = device == "cpu"
     dtypes = [torch.float32] if small else [torch.bfloat16, torch.float16, torch.float32]
     table = Table(title=f"operations on {device} against fp64", title_justify="left")
-    for column in ("operation", "backend", "dtype", "relative error", "bound", "verdict"):
+    for column in ("operation", "backend", "dtype", "relative error", "bound", ""):
         table.add_column(column)
-    ran, good = 0, True
+    ran, refused = [], {}
     for found in findings(torch.device(device), dtypes, small):
-        ran, good = ran + (found.error is not None), good and found.ok
-        error = "" if found.error is None else f"{found.error:.1e}"
-        verdict = "refused: " if found.ok else "WRONG: "
-        verdict = "right" if found.ok and not found.reason else f"{verdict}{found.reason or ''}"
+        if found.error is None:
+            refused[f"{found.op} {found.backend}"] = found.reason
+            continue
+        ran.append(found)
+        verdict = "right" if found.ok else f"WRONG {found.reason or ''}"
+        error = f"{found.error:.1e}"
         table.add_row(*found[:3], error, f"{found.bound:.0e}", escape(verdict))
-    Console().print(table)
-    return good and ran > 0
+    Console().print(
+        table, *(f"{name} did not run: {why}" for name, why in refused.items()), sep="\n"
+    )
+    return bool(ran) and all(found.ok for found in ran)
 
 
 def _backends(device: str, dtype: torch.dtype) -> Table:

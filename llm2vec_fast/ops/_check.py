@@ -25,7 +25,7 @@ class Check(NamedTuple):
     truth: Callable  # the same from fp64 inputs
     inputs: tuple  # floating tensors are differentiated
     gradients: bool = True
-    head_dim: int = 0
+    bound: float | None = None  # by default that of the dtype
 
 
 class Finding(NamedTuple):
@@ -44,27 +44,30 @@ class Finding(NamedTuple):
         return self.error is None or self.error <= self.bound
 
 
-def findings(device: torch.device, dtypes: list[torch.dtype], small=False) -> Iterator[Finding]:
-    """Runs every backend of every operation; `small` for an interpreter on the CPU."""
+def findings(
+    device: torch.device, dtypes: list[torch.dtype], small=False, only: str | None = None
+) -> Iterator[Finding]:
+    """Runs every backend of every operation (or of one); `small` for an interpreter on the CPU."""
     for dtype in dtypes:
         for check in _checks(device, dtype, small):
             for backend in PREFERENCE[check.op]:
-                if backend != "reference":
+                if backend != "reference" and only in (None, check.op):
                     yield _try(check, backend, dtype)
 
 
 def _try(check: Check, backend: str, dtype: torch.dtype) -> Finding:
-    bound = FP8_BOUND if "fp8" in check.op or "quant" in check.op else BOUNDS[dtype]
+    bound = check.bound or BOUNDS[dtype]
+    gradients = check.gradients and backend != "cuda"  # csrc is for inference
     name = str(dtype).removeprefix("torch.")
     try:
         with ops.use(backend, check.op):
-            got = _values(check.run, check.inputs, dtype, check.gradients)
+            got = _values(check.run, check.inputs, dtype, gradients)
     except RuntimeError as error:
         if "no backend can run" not in str(error):
             return Finding(check.op, backend, name, float("nan"), bound, f"failed: {error}")
         reason = str(error).partition("): ")[2].removeprefix(f"{backend}: ")
         return Finding(check.op, backend, name, None, bound, reason)
-    true = _values(check.truth, check.inputs, torch.float64, check.gradients)
+    true = _values(check.truth, check.inputs, torch.float64, gradients)
     worst = 0.0
     for ours, theirs in zip(got, true, strict=True):
         error = (ours.double() - theirs).norm() / theirs.norm().clamp_min(1e-300)
@@ -111,15 +114,22 @@ def _checks(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[C
     cu_seqlens, longest = bounds.to(device), max(lengths)
     yield from _elementwise(draw, positions, spans, T, D, N, K, H)
 
-    def attend(causal):
-        return lambda q, k, v: ops.attention(q, k, v, cu_seqlens, longest, causal=causal)
+    def attend(**options):
+        return lambda q, k, v: ops.attention(q, k, v, cu_seqlens, longest, **options)
 
-    def attend_ref(causal):
-        return lambda q, k, v: ops.attention_ref(q, k, v, cu_seqlens, longest, causal=causal)
+    def attend_ref(**options):
+        return lambda q, k, v: ops.attention_ref(q, k, v, cu_seqlens, longest, **options)
 
-    for causal in (False, True):
-        qkv = (draw(T, N, H), draw(T, K, H), draw(T, K, H))
-        yield Check("attention", attend(causal), attend_ref(causal), qkv, head_dim=H)
+    def dropped(q, k, v):
+        """Values of one: outputs are one on average, and the same again with the same seed."""
+        one, two = (attend(dropout_p=0.25, seed=3)(q, k, torch.ones_like(v)) for _ in range(2))
+        return torch.stack([one.double().mean(), 1 + (one - two).abs().max().double()])
+
+    qkv = (draw(T, N, H), draw(T, K, H), draw(T, K, H))
+    for options in ({}, {"causal": True}, {"window": 5}, {"causal": True, "window": 100}):
+        yield Check("attention", attend(**options), attend_ref(**options), qkv)
+    ones = torch.ones(2, dtype=torch.float64, device=device)
+    yield Check("attention", dropped, lambda *_: ones, qkv, False, bound=0.05)
     yield from _losses(draw, device, T, B, D, V, small)
 
 
@@ -181,18 +191,20 @@ def _losses(draw, device, T, B, D, V, small) -> Iterator[Check]:
 
     yield Check(
         "quantize_rows", lambda x: ops.quantize_rows(x).dequantize(torch.float32),
-        lambda x: x, (x,), gradients=False,
+        lambda x: x, (x,), gradients=False, bound=FP8_BOUND,
     )  # fmt: skip
     yield Check(
         "add_rms_norm_fp8", normed(ops.add_rms_norm_fp8),
-        lambda x, w: ops.add_rms_norm_ref(x, None, w, 1e-5), (x, weight), gradients=False,
+        lambda x, w: ops.add_rms_norm_ref(x, None, w, 1e-5), (x, weight),
+        gradients=False, bound=FP8_BOUND,
     )  # fmt: skip
     yield Check(
         "swiglu_fp8", lambda x: ops.swiglu_fp8(x).dequantize(torch.float32), ops.swiglu_ref,
-        (gate_up,), gradients=False,
+        (gate_up,), gradients=False, bound=FP8_BOUND,
     )  # fmt: skip
     yield Check(
         "fp8_linear",
         lambda x, w: ops.fp8_linear(ops.quantize_rows(x), ops.quantize_rows(w)),
-        torch.nn.functional.linear, (x, draw(D, D, scale=D**-0.5)), gradients=False,
+        torch.nn.functional.linear, (x, draw(D, D, scale=D**-0.5)),
+        gradients=False, bound=FP8_BOUND,
     )  # fmt: skip
