@@ -49,9 +49,9 @@ $(STAMP)/torch: constraints.txt $(STAMP)/venv
 	$(PIP) install -q $(PINS) "setuptools>=77"
 	touch $@
 
-$(STAMP)/project: pyproject.toml setup.py $(STAMP)/torch
+$(STAMP)/project: pyproject.toml setup.py $(wildcard csrc/*) $(STAMP)/torch
 	$(PIP) install -q $(PINS) --no-build-isolation -e '.[demo,dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-twin build *.egg-info
+	rm -rf $(VENV) .venv-twin build *.egg-info llm2vec_fast/_cuda.so

@@ -1,5 +1,210 @@
-"""Packaging lives in pyproject.toml; the CUDA extension of csrc/ will be built from here."""
+"""Packaging lives in pyproject.toml; here the CUDA library of csrc/ is built, with plain nvcc.
 
-from setuptools import setup
+LLM2VEC_FAST_CUDA   auto (default): build where nvcc and torch are found, and if that fails say so
+                    and go on without; 1: whatever prevents the library is an error; 0: never build
+LLM2VEC_FAST_ARCHS  GPU architectures, for example "80;90a"; by default those of DEFAULT_ARCHS that
+                    this nvcc knows. PTX of the newest serves GPUs that are newer still.
 
-setup()
+The library uses only torch's stable ABI and nothing of Python's: one build serves every torch from
+2.10 on and every Python.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+SOURCES = ("library.cpp", "add_rms_norm.cu", "pool.cu", "swiglu.cu")
+DEFAULT_ARCHS = "80;86;89;90a;100;120"
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"  # 2.10
+
+
+def wish() -> str:
+    value = os.environ.get("LLM2VEC_FAST_CUDA", "auto")
+    if value not in ("auto", "1", "0"):
+        raise SystemExit(f"LLM2VEC_FAST_CUDA must be auto, 1 or 0, got {value!r}")
+    return value
+
+
+def find_nvcc() -> str | None:
+    """The compiler on PATH, else that of CUDA_HOME."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
+
+
+def find_torch() -> Path | None:
+    """Where torch is installed; torch itself is not imported, which takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def missing() -> str | None:
+    """What prevents building on this machine, or None."""
+    if not sys.platform.startswith("linux"):
+        return "the CUDA library is built on Linux only"
+    if find_nvcc() is None:
+        return "nvcc was not found; put it on PATH or set CUDA_HOME to a CUDA toolkit"
+    if find_torch() is None:
+        return "torch is not installed here; install it first, then use --no-build-isolation"
+    return None
+
+
+def archs(nvcc: str) -> list[str]:
+    """The architectures to build for, oldest first."""
+    listed = run([nvcc, "--list-gpu-code"])
+    known = set(re.findall(r"sm_(\d+)", listed))
+    asked = os.environ.get("LLM2VEC_FAST_ARCHS")
+    wanted = [arch for arch in re.split(r"[;,\s]+", asked or DEFAULT_ARCHS) if arch]
+    unknown = [arch for arch in wanted if arch.rstrip("af") not in known]
+    if asked and unknown:
+        raise CompileError(
+            f"LLM2VEC_FAST_ARCHS: {nvcc} does not know {', '.join(unknown)}; "
+            f"it knows {', '.join(sorted(known, key=int))}"
+        )
+    return sorted(set(wanted) - set(unknown), key=lambda arch: int(arch.rstrip("af")))
+
+
+def gencode(wanted: list[str]) -> list[str]:
+    newest = wanted[-1].rstrip("af")  # plain: PTX with a suffix runs on no newer GPU
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in wanted]
+    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=CSRC)
+    except OSError as error:
+        raise CompileError(f"{command[0]} could not be started: {error}") from error
+    if done.returncode:
+        raise CompileError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def digest(*parts: str | bytes) -> str:
+    whole = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        whole.update(len(data).to_bytes(8, "little") + data)
+    return whole.hexdigest()[:16]
+
+
+def build(library: Path, work: Path) -> None:
+    """Compiles csrc/ and links it to `library`. What is unchanged since the last build is taken
+    from `work`: file names there carry a digest of sources, headers, flags and versions.
+
+    raises: CompileError with the compiler's own words
+    """
+    reason = missing()
+    if reason is not None:
+        raise CompileError(reason)
+    nvcc, torch = find_nvcc(), find_torch()
+    compile_ = [nvcc, "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    device = gencode(archs(nvcc))
+    host = [TORCH_TARGET, "-DUSE_CUDA", "-isystem", str(torch / "include")]
+    headers = [path.read_bytes() for path in sorted([*CSRC.glob("*.h"), *CSRC.glob("*.cuh")])]
+    versions = [run([nvcc, "--version"]), (torch / "version.py").read_text()]
+    work.mkdir(parents=True, exist_ok=True)
+
+    jobs, objects = [], []
+    for name in SOURCES:
+        flags = host if name.endswith(".cpp") else device
+        source = (CSRC / name).read_bytes()
+        key = digest(name, source, *headers, *versions, *compile_, *flags)
+        target = work / f"{Path(name).stem}-{key}.o"
+        objects.append(target)
+        if not target.exists():
+            jobs.append(([*compile_, *flags, "-c", name], target))
+    cores = os.cpu_count() or 1
+    threads = str(max(1, cores // max(1, len(jobs))))  # of one compiler, for its architectures
+    with ThreadPoolExecutor(cores) as pool:
+        finish = [pool.submit(produce, [*job, "--threads", threads], to) for job, to in jobs]
+        for future in finish:
+            future.result()
+
+    linked = work / f"_cuda-{digest(*(path.name for path in objects))}.so"
+    if not linked.exists():
+        # libtorch_cuda is not among the libraries: with it, CPU builds of torch could not load us.
+        names = [str(path) for path in objects]
+        libraries = ["-L", str(torch / "lib"), "-ltorch_cpu", "-lc10", "-ldl"]
+        hide = ["-Xlinker=--exclude-libs,ALL", "-Xlinker=-s"]
+        produce([nvcc, "-shared", "-cudart=static", *names, *libraries, *hide], linked)
+    for path in work.iterdir():
+        if path not in (*objects, linked):
+            path.unlink()
+    library.parent.mkdir(parents=True, exist_ok=True)
+    put = library.with_name(library.name + ".new")  # a process may have the old one mapped
+    shutil.copyfile(linked, put)
+    os.replace(put, library)
+
+
+def produce(command: list[str], target: Path) -> None:
+    """Runs a compiler; its target appears complete or not at all."""
+    unfinished = target.with_suffix(f".{os.getpid()}{target.suffix}")
+    run([*command, "-o", str(unfinished)])
+    os.replace(unfinished, target)
+
+
+class BuildCuda(build_ext):
+    failed = False
+
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split(".")) + ".so"  # no Python version: it uses none
+
+    def build_extension(self, ext):
+        library = Path(self.get_ext_fullpath(ext.name))
+        try:
+            build(library, ROOT / "build" / "cuda")
+        except CompileError as error:
+            self.failed = True
+            library.unlink(missing_ok=True)
+            if not ext.optional:
+                raise
+            say(f"building the CUDA library failed, going on without it:\n{error}")
+
+    def copy_extensions_to_source(self):  # of editable and in-place builds
+        super().copy_extensions_to_source()
+        if self.failed:  # a library of older sources would not fit
+            (ROOT / self.get_ext_filename("llm2vec_fast._cuda")).unlink(missing_ok=True)
+
+
+class PlatformWheel(bdist_wheel):
+    def get_tag(self):
+        tag = super().get_tag()
+        return ("py3", "none", tag[2]) if self.distribution.ext_modules else tag
+
+
+def say(message: str) -> None:
+    print(f"llm2vec_fast: {message}", file=sys.stderr, flush=True)
+
+
+def extensions() -> list[Extension]:
+    value, reason = wish(), missing()
+    if value == "0":
+        return []
+    if value == "auto" and reason is not None:
+        say(f"no CUDA library: {reason}")
+        return []
+    sources = [f"csrc/{name}" for name in SOURCES]
+    headers = [f"csrc/{path.name}" for path in sorted(CSRC.glob("*.*h"))]
+    return [Extension("llm2vec_fast._cuda", sources, depends=headers, optional=value == "auto")]
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildCuda, "bdist_wheel": PlatformWheel},
+    )

@@ -28,8 +28,13 @@ def swiglu(gate_up_T2F: Tensor) -> Tensor:
     """
     if gate_up_T2F.shape[-1] % 2:
         raise ValueError(f"swiglu: the last dimension must be even, got {tuple(gate_up_T2F.shape)}")
-    if choose("swiglu", gate_up_T2F) == "triton":
+    backend = choose("swiglu", gate_up_T2F)
+    if backend == "triton":
         return _SwiGLU.apply(gate_up_T2F)
+    if backend == "cuda":
+        from llm2vec_fast.ops import _cuda
+
+        return _cuda.swiglu(gate_up_T2F)
     return swiglu_ref(gate_up_T2F)
 
 
