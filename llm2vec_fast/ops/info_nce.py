@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm2vec_fast.ops._compiled import registered
 from llm2vec_fast.ops.backend import choose, kernels
 
 Keys = tuple[Tensor, Tensor, Tensor, Tensor]  # own, partner of rows; own, partner of columns
@@ -60,8 +61,14 @@ def info_nce(
     """
     call = (query_BD, docs_ND, scale, symmetric, query_keys, doc_keys)
     _check(*call)
-    backend = choose("info_nce", query_BD, docs_ND)
-    return _across_ranks(_fused if backend == "triton" else _full_matrix, group, *call)
+    if group is None and torch.compiler.is_compiling():
+        return _operator(query_BD, docs_ND, float(scale), symmetric, query_keys, doc_keys)
+    return _run(*call, group)
+
+
+def _run(query_BD, docs_ND, scale, symmetric, query_keys, doc_keys, group=None):
+    loss = _fused if choose("info_nce", query_BD, docs_ND) == "triton" else _full_matrix
+    return _across_ranks(loss, group, query_BD, docs_ND, scale, symmetric, query_keys, doc_keys)
 
 
 def info_nce_ref(
@@ -241,3 +248,16 @@ def _unit(x_RD: Tensor) -> Tensor:
     # Where, not F.normalize: its gradient of a zero vector is 1e12 times what arrives.
     is_zero_R1 = norm_R1 <= _SHORTEST
     return (x_RD / norm_R1.masked_fill(is_zero_R1, 1.0)).masked_fill(is_zero_R1, 0.0)
+
+
+def _fake(query_BD, *_):
+    return query_BD.new_empty((), dtype=torch.promote_types(query_BD.dtype, torch.float32))
+
+
+_operator = registered(
+    "info_nce",
+    "(Tensor query, Tensor docs, float scale, bool symmetric, Tensor? query_keys, "
+    "Tensor? doc_keys) -> Tensor",
+    _run,
+    _fake,
+)

@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm2vec_fast.ops._compiled import registered
+from llm2vec_fast.ops.backend import choose, kernels
+
 POOL_MODES = ("mean", "weighted_mean", "last", "first")
 
 
@@ -36,7 +39,33 @@ def pool(
         raise ValueError(
             f"pool: spans must be int32 or int64, an integer type, got {spans_B2.dtype}"
         )
+    run = _operator if torch.compiler.is_compiling() else _run
+    return run(hidden_TD, spans_B2, mode, normalize)
+
+
+def _run(hidden_TD, spans_B2, mode, normalize):
+    backend = choose("pool", hidden_TD)
+    if backend == "triton":
+        return _Pool.apply(hidden_TD, spans_B2, mode, normalize)
+    if backend == "cuda":
+        from llm2vec_fast.ops import _cuda
+
+        return _cuda.pool(hidden_TD, spans_B2, mode, normalize)
     return pool_ref(hidden_TD, spans_B2, mode, normalize)
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_TD, spans_B2, mode, normalize):
+        y_BD, norm_B = kernels("pool").forward(hidden_TD, spans_B2, mode, normalize)
+        ctx.save_for_backward(spans_B2, y_BD if normalize else None, norm_B)
+        ctx.rest = hidden_TD.shape[0], hidden_TD.dtype, mode
+        return y_BD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy_BD):
+        return kernels("pool").backward(dy_BD, *ctx.saved_tensors, *ctx.rest), None, None, None
 
 
 def pool_ref(hidden_TD, spans_B2, mode="mean", normalize=False):
@@ -61,3 +90,13 @@ def _mean(hidden_LD: Tensor, weighted: bool) -> Tensor:
     length = hidden_LD.shape[0]
     weight_L = torch.arange(1, length + 1, device=hidden_LD.device, dtype=hidden_LD.dtype)
     return (weight_L @ hidden_LD) / (length * (length + 1) / 2)
+
+
+def _fake(hidden_TD, spans_B2, *_):
+    dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
+    return hidden_TD.new_empty((spans_B2.shape[0], hidden_TD.shape[1]), dtype=dtype)
+
+
+_operator = registered(
+    "pool", "(Tensor hidden, Tensor spans, str mode, bool normalize) -> Tensor", _run, _fake
+)

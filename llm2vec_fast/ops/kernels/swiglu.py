@@ -28,7 +28,10 @@ def _forward(y, gate_up, row_gate_up, F, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(dgate_up, dy, gate_up, row_dy, row_gate_up, F, blocks, BLOCK: tl.constexpr):
+def _backward(
+    dgate_up, dy, gate_up, row_dy, row_gate_up, F, blocks,
+    PRODUCT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     row = (program // blocks).to(tl.int64)
     column = program % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -36,13 +39,16 @@ def _backward(dgate_up, dy, gate_up, row_dy, row_gate_up, F, blocks, BLOCK: tl.c
     at = gate_up + row * row_gate_up + column
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + F, mask=inside, other=0.0).to(tl.float32)
-    d = tl.load(dy + row * row_dy + column, mask=inside, other=0.0).to(tl.float32)
+    d_at = dy + row * row_dy + column
+    d = tl.load(d_at, mask=inside, other=0.0).to(tl.float32)
     s = tl.sigmoid(gate)
     silu = gate * s
     to = dgate_up + row * 2 * F + column
     kind = dgate_up.dtype.element_ty
     tl.store(to, (d * up * (s + silu * (1 - s))).to(kind), mask=inside)
     tl.store(to + F, (d * silu).to(kind), mask=inside)
+    if PRODUCT:  # this program alone reads these elements of dy, and has read them
+        tl.store(d_at, (silu * up).to(dy.dtype.element_ty), mask=inside)
 
 
 def _grid(rows: int, F: int) -> tuple[tuple[int], int, dict]:
@@ -62,13 +68,17 @@ def forward(gate_up_T2F: Tensor) -> Tensor:
     return y_TF
 
 
-def backward(dy_TF: Tensor, gate_up_T2F: Tensor) -> Tensor:
-    """Gradient of gate and up, laid out as they are; nothing but gate_up has to be saved."""
+def backward(dy_TF: Tensor, gate_up_T2F: Tensor, product: bool = False) -> Tensor:
+    """Gradient of gate and up, laid out as they are; nothing but gate_up has to be saved.
+
+    product: writes silu(gate) * up over dy_TF, whose rows must be contiguous: who needs the product
+             again (a weight's gradient) saves a pass over gate_up and the memory
+    """
     half = dy_TF.shape[-1]
     dgate_up = torch.empty_like(gate_up_T2F, memory_format=torch.contiguous_format)
     dy, rows = as_rows(dy_TF), as_rows(gate_up_T2F)
+    assert not product or dy is dy_TF, "the product would go into a copy"
     grid, blocks, options = _grid(len(rows), half)
-    launch(
-        _backward, grid, dgate_up, dy, rows, dy.stride(0), rows.stride(0), half, blocks, **options
-    )
+    launch(_backward, grid, dgate_up, dy, rows, dy.stride(0), rows.stride(0), half, blocks,
+           PRODUCT=product, **options)  # fmt: skip
     return dgate_up
