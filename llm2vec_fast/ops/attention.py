@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2vec_fast.ops import _flash
-from llm2vec_fast.ops.backend import Call, choose, register
+from llm2vec_fast.ops.backend import Call, choose, kernels, register
 
 
 def attention(
@@ -31,26 +31,44 @@ def attention(
     """Softmax attention within each text of a packed batch.
 
     q_TNH:       (T, N, H) bf16/fp16/fp32; k_TKH, v_TKH: (T, K, H), N a multiple of K. Views of a
-                 packed projection are welcome; the last dimension must be contiguous.
+                 packed projection are welcome (other columns than adjacent ones are copied).
     cu_seqlens:  (B + 1,) int32, text b holds rows cu_seqlens[b] to cu_seqlens[b + 1]; no empty text
     max_seqlen:  the longest text, known on the host
     causal:      each token sees itself and what came before; otherwise the whole text
     window:      a token sees keys less than `window` positions away (causal: itself and window - 1
                  before)
     scale:       of the scores, 1 / sqrt(H) if None
-    returns:     (T, N, H)
-    raises:      ValueError if shapes or dtypes do not fit; NotImplementedError on dropout_p > 0 (no
-                 backend of this version has it)
-    source:      Dao 2023, arXiv:2307.08691 (the varlen form)
+    dropout_p:   chance that a weight is dropped, in [0, 1); the kept ones grow by 1 / (1 - p)
+    seed:        alone decides which weights are dropped: the same call with the same seed drops
+                 the same ones (recompute), whatever else has drawn random numbers. Each backend
+                 has its own masks. None draws a seed from torch's generator for the CPU.
+    returns:     (T, N, H); rows past cu_seqlens[-1] are undefined
+    raises:      ValueError if shapes, dtypes or numbers do not fit
+    source:      Dao 2023, arXiv:2307.08691 (the varlen form); Srivastava et al. 2014 (dropout)
     """
-    _check(q_TNH, k_TKH, v_TKH, cu_seqlens, window, dropout_p)
-    scale = q_TNH.shape[-1] ** -0.5 if scale is None else scale
-    name = choose("attention", q_TNH, window=window is not None, head_dim=q_TNH.shape[-1])
-    run = _BACKENDS[name]
-    return run(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, causal, window, scale)
+    check(q_TNH, k_TKH, v_TKH, cu_seqlens, window, dropout_p)
+    H = q_TNH.shape[-1]
+    scale = H**-0.5 if scale is None else scale
+    if dropout_p:
+        seed = dropout_seed(seed)
+    name = choose(
+        "attention", q_TNH, k_TKH, v_TKH,
+        dropout=dropout_p > 0, window=window is not None, head_dim=H,
+    )  # fmt: skip
+    return _BACKENDS[name](
+        q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, causal, window, scale, dropout_p, seed
+    )
 
 
-def _check(q_TNH, k_TKH, v_TKH, cu_seqlens, window, dropout_p):
+def dropout_seed(seed: int | None) -> int:
+    """A seed as all backends take it, 0 to 2^63 - 1; drawn on the CPU, without a sync, if None."""
+    if seed is None:
+        return int(torch.randint(1 << 62, (), device="cpu"))
+    return seed & ((1 << 63) - 1)
+
+
+def check(q_TNH, k_TKH, v_TKH, cu_seqlens, window, dropout_p) -> None:
+    """Raises the ValueErrors of `attention`: shapes, dtypes and numbers, no values of tensors."""
     fit = q_TNH.dim() == k_TKH.dim() == 3 and q_TNH.shape[::2] == k_TKH.shape[::2]
     if not fit or k_TKH.shape != v_TKH.shape:
         raise ValueError(
@@ -70,8 +88,8 @@ def _check(q_TNH, k_TKH, v_TKH, cu_seqlens, window, dropout_p):
         )
     if window is not None and window < 1:
         raise ValueError(f"attention: window must be at least 1, got {window}")
-    if dropout_p:
-        raise NotImplementedError("attention: dropout is not built yet in this version")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"attention: dropout_p must be in [0, 1), got {dropout_p}")
 
 
 def _visible(length: int, causal: bool, window: int | None, device) -> Tensor | None:
@@ -85,9 +103,13 @@ def _visible(length: int, causal: bool, window: int | None, device) -> Tensor | 
 
 
 def attention_ref(
-    q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, *, causal=False, window=None, scale=None
-):
+    q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, *,
+    causal=False, window=None, dropout_p=0.0, seed=None, scale=None,
+):  # fmt: skip
     """The truth: one text at a time, scores and softmax spelled out, in fp32 or wider."""
+    noise = None
+    if dropout_p:
+        noise = torch.Generator(q_TNH.device).manual_seed(dropout_seed(seed))
     acc = torch.promote_types(q_TNH.dtype, torch.float32)
     scale = q_TNH.shape[-1] ** -0.5 if scale is None else scale
     repeat = q_TNH.shape[1] // k_TKH.shape[1]
@@ -100,15 +122,22 @@ def attention_ref(
         visible = _visible(end - start, causal, window, q_TNH.device)
         if visible is not None:
             score_NLL = score_NLL.masked_fill(~visible, float("-inf"))
-        texts.append((score_NLL.softmax(-1) @ v_NLH).transpose(0, 1))
+        weight_NLL = score_NLL.softmax(-1)
+        if noise is not None:
+            chance = torch.rand(weight_NLL.shape, generator=noise, device=q_TNH.device)
+            weight_NLL = weight_NLL * (chance >= dropout_p) / (1 - dropout_p)
+        texts.append((weight_NLL @ v_NLH).transpose(0, 1))
     return torch.cat(texts).to(q_TNH.dtype) if texts else torch.empty_like(q_TNH)
 
 
-def _reference(q, k, v, cu_seqlens, max_seqlen, causal, window, scale):
-    return attention_ref(q, k, v, cu_seqlens, max_seqlen, causal=causal, window=window, scale=scale)
+def _reference(q, k, v, cu_seqlens, max_seqlen, causal, window, scale, dropout_p, seed):
+    return attention_ref(
+        q, k, v, cu_seqlens, max_seqlen,
+        causal=causal, window=window, dropout_p=dropout_p, seed=seed, scale=scale,
+    )  # fmt: skip
 
 
-def _sdpa(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, causal, window, scale):
+def _sdpa(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, causal, window, scale, dropout_p, seed):
     """torch's fused CPU attention on every run of equally long texts: a batch, but no padding."""
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
@@ -130,7 +159,9 @@ def _sdpa(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, causal, window, scale):
     o_TNH = torch.cat(groups) if groups else torch.empty_like(q_TNH)
     if not sum(x.detach().sum(dtype=torch.float32) for x in (q_TNH, k_TKH)).isfinite():
         # torch's kernel writes 0 where all scores of a query are NaN, which would hide an overflow.
-        truth = _reference(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, causal, window, scale)
+        truth = attention_ref(
+            q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, causal=causal, window=window, scale=scale
+        )
         o_TNH = torch.where(truth.isfinite(), o_TNH, truth)
     return o_TNH
 
@@ -138,16 +169,77 @@ def _sdpa(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, causal, window, scale):
 def _sdpa_refuses(call: Call) -> str | None:
     if call.device != "cpu":
         return "groups texts of equal length on the host: CPU only"
+    if call.dropout:
+        return "draws dropout from torch's global generator, not from a seed"
     return None
+
+
+def _triton_forward(q, k, v, cu_seqlens, max_seqlen, causal, window, scale, dropout_p, seed):
+    o_TNH, lse_NT = kernels("attention").forward(
+        q, k, v, cu_seqlens, max_seqlen, causal, window, scale, dropout_p, seed
+    )
+    return o_TNH, (lse_NT,)
+
+
+def _triton_backward(
+    do, q, k, v, o, saved, cu_seqlens, max_seqlen, causal, window, scale, dropout_p, seed, into=None
+):
+    dq, dk, dv = into or [x.new_empty(x.shape) for x in (q, k, v)]
+    kernels("attention_backward").backward(
+        do, q, k, v, o, *saved, cu_seqlens, causal, window, scale, dropout_p, seed, dq, dk, dv
+    )
+    return dq, dk, dv
+
+
+# (forward, backward) of backends that an autograd node can be built from; see _flash.py.
+PAIRS = {
+    "triton": (_triton_forward, _triton_backward),
+    "varlen": (_flash.aten_forward, _flash.aten_backward),
+    "flash_dropout": (_flash.aten_forward, _flash.aten_backward),
+    "flash_attn": (_flash.flash_attn_forward, _flash.flash_attn_backward),
+}
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_TNH, k_TKH, v_TKH, cu_seqlens, pair, *options):
+        o_TNH, saved = pair[0](q_TNH, k_TKH, v_TKH, cu_seqlens, *options)
+        ctx.save_for_backward(q_TNH, k_TKH, v_TKH, o_TNH, cu_seqlens, *saved)
+        ctx.run_backward, ctx.options = pair[1], options
+        return o_TNH
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do_TNH):
+        q, k, v, o, cu_seqlens, *saved = ctx.saved_tensors
+        into = None if any(ctx.needs_input_grad[1:3]) else (torch.empty_like(q), None, None)
+        gradients = ctx.run_backward(do_TNH, q, k, v, o, saved, cu_seqlens, *ctx.options, into=into)
+        return *gradients, None, None, *[None] * len(ctx.options)
+
+
+def _as_node(name: str):
+    """A pair as one backend of `attention`."""
+
+    def run(q, k, v, cu_seqlens, *options):
+        # Kernels step through rows and heads as they lie, but not through columns.
+        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+        if not torch.is_grad_enabled():  # a node costs microseconds even where nobody needs it
+            return PAIRS[name][0](q, k, v, cu_seqlens, *options)[0]
+        return _Attention.apply(q, k, v, cu_seqlens, PAIRS[name], *options)
+
+    return run
 
 
 register("sdpa", _sdpa_refuses)
 register("flash_attn", _flash.flash_attn_refuses)
 register("varlen", _flash.varlen_refuses)
+register("flash_dropout", _flash.flash_dropout_refuses)
 
 _BACKENDS = {
     "flash_attn": _flash.flash_attn,
     "varlen": _flash.varlen,
+    "flash_dropout": _as_node("flash_dropout"),
+    "triton": _as_node("triton"),
     "sdpa": _sdpa,
     "reference": _reference,
 }

@@ -86,9 +86,12 @@ def choose(
     op: str, x: torch.Tensor, *others: torch.Tensor | None, dropout=False, window=False, head_dim=0
 ) -> str:
     """The backend that runs `op` on tensors like `x`; about one microsecond after the first call.
+    Under torch.compile the reference, unless another is forced.
 
     others: the further inputs that a gradient may be wanted for
     """
+    if op not in _forced and torch.compiler.is_compiling():
+        return "reference"  # plain torch, which the compiler sees into and fuses by itself
     needs_grad = False
     if torch.is_grad_enabled():
         needs_grad = x.requires_grad
@@ -117,6 +120,8 @@ def _triton_refuses(call: Call) -> str | None:
         return "Triton is not installed"
     if call.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"computes in bf16, fp16 and fp32, not {call.dtype}"
+    if call.op == "attention" and call.head_dim > 256:
+        return f"head dimension {call.head_dim} (up to 256 is built)"
     if call.op in FP8_OPS and 0 < call.arch < 89:
         return f"fp8 e4m3 needs compute capability 8.9 or newer, this device has {call.arch / 10}"
     if call.device == "meta":
