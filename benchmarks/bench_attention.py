@@ -48,11 +48,11 @@ def cases(device: str) -> Iterator[Case]:
 def variants() -> Iterator[Case]:
     """What is compiled for absent GPUs but not measured."""
     masks = [{}, {"causal": True}, {"window": 128}, {"causal": True, "window": 128}]
-    masks += [{"dropout_p": 0.3}]
+    masks += [{"dropout_p": 0.3}, {"causal": True, "dropout_p": 0.3}]
     some = itertools.product((80, 96, 256), [{}, {"causal": True, "window": 128}])
     for size, options in [*itertools.product((64, 128), masks), *some]:
         yield _case("meta", "backward", "2x300", [300] * 2, (4, 2, size), torch.bfloat16, **options)
-    for dtype, size in itertools.product((torch.float16, torch.float32), (64, 128)):
+    for dtype, size in itertools.product((torch.float16, torch.float32), (64, 128, 256)):
         yield _case("meta", "backward", "2x300", [300] * 2, (4, 2, size), dtype)
     yield _case("meta", "forward", "8x40", [40] * 8, HEADS[0], torch.bfloat16)  # short texts
 

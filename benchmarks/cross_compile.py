@@ -15,10 +15,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -30,7 +33,7 @@ from triton.runtime.jit import create_function_from_signature
 from benchmarks.compare import Case
 from llm2vec_fast.ops.kernels.launch import Launch, recorded
 
-ARCHS = (80, 90, 100)
+ARCHS = (90, 80, 100)
 TRITON = "ours triton"
 FOLDER = Path(__file__).parent
 
@@ -48,16 +51,16 @@ def _module(name: str):
     return importlib.import_module(f"benchmarks.bench_{name}")
 
 
-def cases_of(name: str) -> Iterator[Case]:
+def cases_of(name: str, variants: bool) -> Iterator[Case]:
     module = _module(name)
     yield from module.cases("meta")
-    if hasattr(module, "variants"):
+    if variants and hasattr(module, "variants"):
         yield from module.variants()
 
 
-def launches_of(name: str, arch: int) -> Iterator[tuple[str, Launch]]:
+def launches_of(name: str, arch: int, variants: bool) -> Iterator[tuple[str, Launch]]:
     """(case, launch) of everything that a case of this operation launches."""
-    for case in cases_of(name):
+    for case in cases_of(name, variants):
         if TRITON in case.rivals:
             with recorded(arch) as launches:
                 case.rivals[TRITON](case.make())()
@@ -119,36 +122,48 @@ def _resources(cubin: bytes) -> dict:
     return {"registers": int(found[1]), "stack": int(found[2]), "local": int(found[3])}
 
 
-def survey(names: list[str], archs: list[int]) -> Iterator[dict]:
-    """A row for every distinct launch of these operations."""
-    seen = set()
-    for name in bench_modules(names):
-        for arch in set(archs) & set(getattr(_module(name), "ARCHS", archs)):
-            for case, launch in launches_of(name, arch):
-                key = key_of(launch, arch)
-                if key in seen:
-                    continue
-                seen.add(key)
-                row = {
-                    "op": name,
-                    "module": launch.kernel.fn.__module__.rpartition(".")[2],
-                    "kernel": launch.kernel.fn.__name__,
-                    "arch": arch,
-                    "case": case,
-                }
-                try:
-                    yield row | compile_for(launch, arch)
-                except Exception as error:
-                    yield row | {"error": f"{type(error).__name__}: {error}"[-600:]}
+def survey(name: str, arch: int, variants: bool) -> list[dict]:
+    """A row for every distinct launch of one operation on one architecture."""
+    rows, seen = [], set()
+    for case, launch in launches_of(name, arch, variants):
+        key = key_of(launch, arch)
+        if key in seen:
+            continue
+        seen.add(key)
+        module = launch.kernel.fn.__module__.rpartition(".")[2]
+        row = {"op": name, "module": module, "kernel": launch.kernel.fn.__name__}
+        row |= {"arch": arch, "case": case}
+        try:
+            rows.append(row | compile_for(launch, arch))
+        except Exception as error:
+            rows.append(row | {"error": f"{type(error).__name__}: {error}"[-600:]})
+    return rows
+
+
+def surveys(names: list[str], archs: list[int], all_variants: bool) -> Iterator[dict]:
+    """Rows of all these operations, compiled side by side by as many processes as there are cores.
+
+    Unless `all_variants`, the variants are compiled for the first architecture alone.
+    """
+    todo = [
+        (name, arch, all_variants or arch == archs[0])
+        for arch in archs
+        for name in bench_modules(names)
+        if arch in getattr(_module(name), "ARCHS", archs)
+    ]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for rows in pool.map(survey, *zip(*todo, strict=True)):
+            yield from rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="compile every Triton kernel for absent GPUs")
     parser.add_argument("ops", nargs="*")
     parser.add_argument("--arch", type=int, action="append", help=f"default {ARCHS}")
+    parser.add_argument("--variants", action="store_true", help="for every --arch, not the first")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     chosen = parser.parse_args()
-    for row in survey(chosen.ops, chosen.arch or list(ARCHS)):
+    for row in surveys(chosen.ops, chosen.arch or list(ARCHS), chosen.variants):
         if chosen.json:
             print(json.dumps(row), flush=True)
         elif "error" in row:

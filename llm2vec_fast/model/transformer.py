@@ -57,7 +57,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, causal: bool, window: int | None):
         super().__init__()
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
-        self.head_dim, self.causal = config.head_dim, causal
+        self.causal = causal
         # The official library drops the sliding window once attention is bidirectional.
         self.window = window if causal else None
         heads = config.n_heads + 2 * config.n_kv_heads
@@ -69,20 +69,14 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, batch: PackedBatch, rope: Tables) -> Tensor:
         qkv_TS = self.qkv(x_TD)
         if self.q_norm is not None and self.k_norm is not None:
-            q_TNH, k_TKH, v_TKH = self.heads(qkv_TS)
+            q_TNH, k_TKH, v_TKH = ops.split_heads(qkv_TS, self.n_heads, self.n_kv_heads)
             q_TNH, k_TKH = self.q_norm(q_TNH, None)[0], self.k_norm(k_TKH, None)[0]
             qkv_TS = torch.cat([q_TNH, k_TKH, v_TKH], dim=1).flatten(1)
-        ops.rope_(qkv_TS, batch.positions, *rope, self.n_heads, self.n_kv_heads)
-        o_TNH = ops.attention(
-            *self.heads(qkv_TS), batch.cu_seqlens, batch.max_seqlen,
-            causal=self.causal, window=self.window,
+        o_TNH = ops.rope_attention(
+            qkv_TS, batch.positions, *rope, batch.cu_seqlens, batch.max_seqlen,
+            self.n_heads, self.n_kv_heads, causal=self.causal, window=self.window,
         )  # fmt: skip
         return self.o(o_TNH.flatten(1))
-
-    def heads(self, qkv_TS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of the queries, keys and values in the fused projection."""
-        N, K = self.n_heads, self.n_kv_heads
-        return qkv_TS.unflatten(1, (-1, self.head_dim)).split([N, K, K], dim=1)
 
 
 class MLP(nn.Module):
@@ -93,7 +87,7 @@ class MLP(nn.Module):
         self.down = Linear(width, D, config.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(ops.swiglu(self.gate_up(x_TD)))
+        return ops.swiglu_linear(self.gate_up(x_TD), self.down.weight, self.down.bias)
 
 
 class Block(nn.Module):

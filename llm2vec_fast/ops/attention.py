@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2vec_fast.ops import _flash
+from llm2vec_fast.ops._compiled import registered
 from llm2vec_fast.ops.backend import Call, choose, kernels, register
 
 
@@ -47,13 +48,17 @@ def attention(
     source:      Dao 2023, arXiv:2307.08691 (the varlen form); Srivastava et al. 2014 (dropout)
     """
     check(q_TNH, k_TKH, v_TKH, cu_seqlens, window, dropout_p)
-    H = q_TNH.shape[-1]
-    scale = H**-0.5 if scale is None else scale
+    scale = q_TNH.shape[-1] ** -0.5 if scale is None else scale
     if dropout_p:
         seed = dropout_seed(seed)
+    run = _operator if torch.compiler.is_compiling() else _run
+    return run(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, causal, window, scale, dropout_p, seed)
+
+
+def _run(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, causal, window, scale, dropout_p, seed):
     name = choose(
         "attention", q_TNH, k_TKH, v_TKH,
-        dropout=dropout_p > 0, window=window is not None, head_dim=H,
+        dropout=dropout_p > 0, window=window is not None, head_dim=q_TNH.shape[-1],
     )  # fmt: skip
     return _BACKENDS[name](
         q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, causal, window, scale, dropout_p, seed
@@ -243,3 +248,11 @@ _BACKENDS = {
     "sdpa": _sdpa,
     "reference": _reference,
 }
+
+_operator = registered(
+    "attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, bool causal, "
+    "int? window, float scale, float dropout_p, int? seed) -> Tensor",
+    _run,
+    lambda q_TNH, *_: q_TNH.new_empty(q_TNH.shape),
+)
