@@ -34,12 +34,12 @@ def test_passes_with_the_large_key_biases_of_real_qwen2_models(tiny_model, ours)
 
 @MODES
 def test_raises_when_attention_silently_does_the_other_thing(tiny_model, ours, monkeypatch, causal):
-    model, honest = ours(tiny_model(None, "llama"), causal), ops.attention
+    model, honest = ours(tiny_model(None, "llama"), causal), ops.rope_attention
 
     def wrong(*args, causal, **options):
         return honest(*args, causal=not causal, **options)
 
-    monkeypatch.setattr(ops, "attention", wrong)
+    monkeypatch.setattr(ops, "rope_attention", wrong)
     asked, got = ("causal", "bidirectional") if causal else ("bidirectional", "causal")
     with pytest.raises(RuntimeError, match=f"asked to be {asked}, .* acts {got}"):
         check_attention_mode(model)
@@ -48,13 +48,13 @@ def test_raises_when_attention_silently_does_the_other_thing(tiny_model, ours, m
 @MODES
 def test_loading_runs_the_check(tiny_model, add_tokenizer, tmp_path, monkeypatch, causal):
     directory = add_tokenizer(tiny_model(tmp_path, "llama"))
-    honest = ops.attention
+    honest = ops.rope_attention
     assert LLM2Vec.from_pretrained(directory, enable_bidirectional=not causal, dtype="float32")
 
     def wrong(*args, causal, **options):
         return honest(*args, causal=not causal, **options)
 
-    monkeypatch.setattr(ops, "attention", wrong)
+    monkeypatch.setattr(ops, "rope_attention", wrong)
     with pytest.raises(RuntimeError, match="attention was asked to be"):
         LLM2Vec.from_pretrained(directory, enable_bidirectional=not causal, dtype="float32")
 
