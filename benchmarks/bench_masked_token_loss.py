@@ -61,6 +61,7 @@ def _rivals(device: str, dtype: torch.dtype, full: bool) -> dict:
     if full:
         rivals |= {"hf full logits": hf_full_logits}
     if device == "cuda":
+        rivals.pop("ours reference", None)  # fp32 on no tensor core: seconds a call, and no rival
         rivals |= importable(
             compile=lambda: torch.compile(eager, dynamic=False),
             torch_chunked=_torch_chunked, liger=_liger, cce=_cce,

@@ -84,6 +84,7 @@ def _case(device, what, tokens, width, D, kind, p=0.0, dtype=None) -> Case:
     if train:
         rivals.pop("ours cuda", None)  # inference only
     if device == "cuda":
+        rivals.pop("ours reference", None)  # what "eager" is, with a pass more
         rivals |= importable(
             compile=lambda: torch.compile(eager(p), dynamic=False), liger=lambda: _liger(p)
         )

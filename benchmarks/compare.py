@@ -171,8 +171,9 @@ def _timed(runs: list[Callable], device: str) -> list[float]:
         return times
     events = [torch.cuda.Event(enable_timing=True) for _ in range(len(runs) + 1)]
     torch.cuda.synchronize()
-    # The GPU waits a moment until all launches are queued: gaps of the host are not the kernel's.
-    torch.cuda._sleep(2_000_000)
+    # The GPU waits until all launches are queued, half a millisecond for each run: gaps of the host
+    # are not the kernel's.
+    torch.cuda._sleep(1_000_000 * (len(runs) + 1))
     events[0].record()
     for run, event in zip(runs, events[1:], strict=True):
         run()

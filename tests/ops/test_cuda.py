@@ -157,12 +157,12 @@ def test_add_rms_norm(within_rule, device, dtype, width, layout):
     plain = (r * torch.rsqrt(r.square().mean(-1, keepdim=True) + EPS)) * weight
     within_rule(y.cpu(), plain.cpu(), norm_truth(r, weight))
     want, _ = add_rms_norm_ref(x, residual, weight, EPS)
-    torch.testing.assert_close(y, want, rtol=4 * torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(y, want, rtol=8 * torch.finfo(dtype).eps, atol=0)
 
     y, r = _cuda.add_rms_norm(LAYOUTS[layout](x), None, weight, EPS)
     assert torch.equal(r, x)
     torch.testing.assert_close(
-        y, add_rms_norm_ref(x, None, weight, EPS)[0], rtol=4 * torch.finfo(dtype).eps, atol=0
+        y, add_rms_norm_ref(x, None, weight, EPS)[0], rtol=8 * torch.finfo(dtype).eps, atol=0
     )
 
 

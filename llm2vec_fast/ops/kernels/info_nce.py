@@ -24,6 +24,9 @@ WORKSPACE = 768 << 20
 FEWEST_ROWS = 2048
 # Gradients of logits lie in [-1, 1] and are mostly tiny: times 2^15 they fill the range of fp16.
 GRADIENT_UNIT = 2.0**15
+# A fused multiply-add would subtract the highest logit, which is rounded, from a product that is
+# not: the exponential of the highest itself would not be 1, nor the loss of a lone pair 0.
+UNFUSED = {"enable_fp_fusion": False}
 BLOCK = 4096  # most elements of a row at a time
 SLOT_ROWS = 512  # rows that one program sums a block of columns over
 
@@ -252,7 +255,7 @@ class _Matrix:
             self.true_B[begin:end], self.high_B, self.inverse_B, *self._keys(begin, end),
             self.N, self.B, self.first + begin, cosine_CN.stride(0), gradient_CN.stride(0),
             self.scale, GRADIENT_UNIT / (2 if self.symmetric else 1),
-            GRADIENT=gradient, **_options(self.N),
+            GRADIENT=gradient, **_options(self.N), **UNFUSED,
         )  # fmt: skip
         return gradient_CN
 
@@ -265,7 +268,7 @@ class _Matrix:
         launch(
             _columns, (slots * blocks,), *partial_2SB, cosine_CN, *self._keys(begin, end),
             end - begin, self.B, self.first + begin, cosine_CN.stride(0), self.scale, blocks,
-            SLOT=SLOT_ROWS, TALL=min(32, SLOT_ROWS), WIDE=wide, num_warps=4,
+            SLOT=SLOT_ROWS, TALL=min(32, SLOT_ROWS), WIDE=wide, num_warps=4, **UNFUSED,
         )  # fmt: skip
         return partial_2SB
 
