@@ -57,23 +57,26 @@ class PackedBatch:
                     "each text needs a token and a span of at least one token inside it"
                 )
         total, count = sum(lengths), len(lengths)
-        # One buffer, pinned where that helps, so that one copy brings everything to the device.
+        # One buffer, pinned where that helps, so that one copy brings everything to the device. Each
+        # part starts at 16 bytes: Triton compiles a kernel anew for every alignment it meets.
+        sizes = (total, total, count + 1, 2 * count)
+        starts = [0, *itertools.accumulate(-(-size // 4) * 4 for size in sizes)]
         on_cuda = torch.device(device).type == "cuda"
-        host = torch.empty(2 * total + count + 1 + 2 * count, dtype=torch.int32, pin_memory=on_cuda)
+        host = torch.empty(starts.pop(), dtype=torch.int32, pin_memory=on_cuda)
         flat = host.numpy()
-        bounds = [0, *itertools.accumulate(lengths)]
+        bounds = np.array([0, *itertools.accumulate(lengths)])
         joined = np.concatenate(ids)
         if joined.dtype.kind not in "iu" or joined.min() < 0 or joined.max() >= 1 << 31:
             raise ValueError(
                 f"PackedBatch: token ids must be whole numbers from 0 to 2^31 - 1, got "
                 f"{joined.dtype} from {joined.min()} to {joined.max()}"
             )
-        flat[:total] = joined
-        flat[total : 2 * total] = np.arange(total) - np.repeat(bounds[:-1], lengths)
-        flat[2 * total : 2 * total + count + 1] = bounds
-        flat[2 * total + count + 1 :] = (np.asarray(spans) + np.asarray(bounds)[:-1, None]).ravel()
+        positions = np.arange(total) - np.repeat(bounds[:-1], lengths)
+        inside = (np.asarray(spans) + bounds[:-1, None]).ravel()
+        for start, part in zip(starts, (joined, positions, bounds, inside), strict=True):
+            flat[start : start + len(part)] = part
         sent = host.to(device, non_blocking=True)
-        parts = sent.split([total, total, count + 1, 2 * count])
+        parts = [sent[at : at + size] for at, size in zip(starts, sizes, strict=True)]
         return cls(*parts[:3], parts[3].view(count, 2), max(lengths), lengths)
 
     @property

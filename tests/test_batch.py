@@ -120,3 +120,10 @@ def test_unpacking_gives_back_what_was_packed(case):
 def test_what_is_no_token_id_is_refused(bad):
     with pytest.raises(ValueError, match="token ids must be whole numbers"):
         PackedBatch.build([[1, 2], bad])
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 2, 5], [7, 9], [16, 3, 1, 1]])
+def test_every_part_is_aligned_whatever_the_lengths(lengths):
+    batch = PackedBatch.build([range(n) for n in lengths])
+    for part in (batch.ids, batch.positions, batch.cu_seqlens, batch.spans):
+        assert part.data_ptr() % 16 == batch.ids.data_ptr() % 16

@@ -75,10 +75,21 @@ def _varlen_func():
     return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
+def readable(x: Tensor) -> Tensor:
+    """x itself, or a copy if FlashAttention cannot read it as it lies: columns must be adjacent,
+    and every row begin at a multiple of 16 bytes, which it loads at once and does not check.
+    """
+    step = 16 // x.element_size()
+    if x.stride(-1) == 1 and not any(n % step for n in (x.storage_offset(), *x.stride()[:-1])):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def flash_attn(
     q, k, v, cu_seqlens, max_seqlen, causal, window, scale, dropout_p=0.0, seed=None
 ) -> Tensor:
     """Tri Dao's flash_attn 2 package."""
+    q, k, v = readable(q), readable(k), readable(v)
     with seeded(q.device, seed if dropout_p else None):
         return _flash_attn_func()(
             q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p,
@@ -91,6 +102,7 @@ def varlen(
 ) -> Tensor:
     """The same FlashAttention 2 kernel as built into torch: nobody has to compile flash_attn."""
     assert not dropout_p
+    q, k, v = readable(q), readable(k), readable(v)
     func, tell_gqa = _varlen_func()
     grouped = {"enable_gqa": True} if tell_gqa and q.shape[1] != k.shape[1] else {}
     return func(
@@ -159,7 +171,9 @@ def _flash_attn_pair_module() -> ModuleType | None:
     from flash_attn import flash_attn_interface as module
 
     try:
-        names = inspect.signature(module._flash_attn_varlen_forward).parameters
+        function = module._flash_attn_varlen_forward
+        # From torch 2.4 on it is a custom operator, whose own signature is (*args, **kwargs).
+        names = inspect.signature(getattr(function, "_init_fn", function)).parameters
     except (AttributeError, TypeError, ValueError):
         return None
     return module if "window_size_left" in names else None

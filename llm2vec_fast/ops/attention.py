@@ -86,10 +86,11 @@ def check(q_TNH, k_TKH, v_TKH, cu_seqlens, window, dropout_p) -> None:
         )
     if not q_TNH.dtype == k_TKH.dtype == v_TKH.dtype:
         raise ValueError(f"attention: dtypes {q_TNH.dtype}, {k_TKH.dtype}, {v_TKH.dtype} differ")
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
+    fit = cu_seqlens.dtype == torch.int32 and cu_seqlens.dim() == 1
+    if not fit or not cu_seqlens.is_contiguous():
         raise ValueError(
-            f"attention: cu_seqlens must be (B + 1,) int32, "
-            f"got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+            f"attention: cu_seqlens must be (B + 1,) int32 and contiguous, "
+            f"got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}, strides {cu_seqlens.stride()}"
         )
     if window is not None and window < 1:
         raise ValueError(f"attention: window must be at least 1, got {window}")
@@ -222,12 +223,20 @@ class _Attention(torch.autograd.Function):
         return *gradients, None, None, *[None] * len(ctx.options)
 
 
+def as_read_by(name: str, x: Tensor) -> Tensor:
+    """x itself, or a copy if a backend of `PAIRS` cannot read it as it lies. All of them step
+    through rows and heads by their strides, but not through columns.
+    """
+    if name != "triton":
+        return _flash.readable(x)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _as_node(name: str):
     """A pair as one backend of `attention`."""
 
     def run(q, k, v, cu_seqlens, *options):
-        # Kernels step through rows and heads as they lie, but not through columns.
-        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+        q, k, v = (as_read_by(name, x) for x in (q, k, v))
         if not torch.is_grad_enabled():  # a node costs microseconds even where nobody needs it
             return PAIRS[name][0](q, k, v, cu_seqlens, *options)[0]
         return _Attention.apply(q, k, v, cu_seqlens, PAIRS[name], *options)

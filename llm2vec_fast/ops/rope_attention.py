@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm2vec_fast.ops import _flash
-from llm2vec_fast.ops.attention import PAIRS, attention, check, dropout_seed
+from llm2vec_fast.ops.attention import PAIRS, as_read_by, attention, check, dropout_seed
 from llm2vec_fast.ops.backend import choose, kernels
 from llm2vec_fast.ops.rope import rope_, rope_ref_
 
@@ -59,6 +59,7 @@ def rope_attention(
     scale = H**-0.5 if scale is None else scale
     rope = (positions_T, cos_PE, sin_PE, n_heads, n_kv_heads)
     options = (max_seqlen, causal, window, scale, dropout_p, seed)
+    qkv_TS = as_read_by(name, qkv_TS)
     return _RopeAttention.apply(qkv_TS, cu_seqlens, PAIRS[name], rope, options)
 
 

@@ -204,6 +204,8 @@ def test_wrong_shapes_and_dtypes_are_named():
         attention(q, k, v, cu.long(), 5)
     with pytest.raises(ValueError, match=r"\(B \+ 1,\).*\(1, 2\)"):
         attention(q, k, v, cu[None], 5)
+    with pytest.raises(ValueError, match=r"contiguous.*\(2,\).*strides \(2,\)"):
+        attention(q, k, v, torch.stack([cu, cu], 1)[:, 0], 5)
     with pytest.raises(ValueError, match=r"window.*at least 1.*0"):
         attention(q, k, v, cu, 5, window=0)
     for p in (1.0, -0.1):
@@ -289,6 +291,14 @@ def test_kernel_empty_and_one_token(place, values_and_gradients):
     assert torch.equal(y, qkv[2].repeat_interleave(2, 1))
     # The score of the only key cannot matter; what is left is rounding.
     assert max(dq.abs().max(), dk.abs().max()) <= 20 * torch.finfo(place.dtype).eps
+
+
+def test_kernel_of_no_text_reads_nothing(place):
+    qkv = packed(place, (40,), 2, 1, 16)
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    y = attention(*leaves, torch.zeros(1, dtype=torch.int32, device=place.device), 0)
+    assert y.shape == (40, 2, 16)
+    y.sum().backward()
 
 
 def test_kernel_of_an_empty_text_between_others(place):
@@ -484,10 +494,24 @@ def big(lengths, n, k, size, dtype=torch.bfloat16, seed=0):
     return whole.to(dtype).split([n, k, k], dim=1)
 
 
+GPU_MASKS = [(False, None), (True, None), (True, 200), (False, 200)]
+GPU_CASES = [
+    (torch.bfloat16, size, *mask) for size, mask in itertools.product((64, 128), GPU_MASKS)
+]
+# Each compiles three kernels of its own: what differs in size or dtype alone gets two masks.
+GPU_CASES += [
+    (dtype, size, *mask)
+    for dtype, sizes in {
+        torch.bfloat16: (80, 96, 256),
+        torch.float16: (64, 128),
+        torch.float32: (64, 96, 256),
+    }.items()
+    for size, mask in itertools.product(sizes, (GPU_MASKS[0], GPU_MASKS[2]))
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("causal, window", [(False, None), (True, None), (True, 200), (False, 200)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype, size, causal, window", GPU_CASES)
 def test_gpu_real_lengths(within_rule, values_and_gradients, size, causal, window, dtype):
     lengths = (1, 37, 252, 507, 513, 128, 2056)
     qkv = big(lengths, 4, 2, size, dtype)

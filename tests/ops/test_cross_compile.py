@@ -21,12 +21,13 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 # Bytes that a block may use at most (CUDA C++ programming guide, table of compute capabilities).
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-# Bytes a thread may spill. The exceptions: head dimension 128 causal and with dropout, or 256 in
-# fp32; rows of 16,384 with a trained weight.
+# Bytes a thread may spill, with Triton 3.6 (which spills more) or 3.7. The exceptions: attention
+# causal and with dropout, or of head dimension 256 in fp32; rows of 16,384 with a trained weight.
 SPILLED = 64
 EXCEPTIONS = {
-    ("attention_backward", "_keys"): 160,
-    ("attention_backward", "_queries"): 224,
+    ("attention", "_forward"): 96,
+    ("attention_backward", "_keys"): 192,
+    ("attention_backward", "_queries"): 240,
     ("add_rms_norm", "_backward"): 176,
 }
 

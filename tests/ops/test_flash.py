@@ -48,6 +48,23 @@ def test_the_pair_runs_on_meta_tensors(causal, window):
     assert _flash.aten_backward(o, q, k, v, o, saved, cu, *options, into=into) is into
 
 
+def test_what_flash_attention_could_not_read_is_copied():
+    packed = torch.randn(20, 8, 16).half()
+    for fine in packed.split([4, 2, 2], dim=1):
+        assert _flash.readable(fine) is fine
+    wide = torch.randn(20, 8 * 16 + 8).half()
+    for amiss in (
+        packed.transpose(0, 2).contiguous().transpose(0, 2),  # columns apart
+        wide[:, 4:132].unflatten(1, (8, 16)),  # begins between two boundaries
+        wide[:, :132].reshape(-1)[: 20 * 128 + 76].as_strided((20, 8, 16), (132, 16, 1)),
+    ):
+        copy = _flash.readable(amiss)
+        assert torch.equal(copy, amiss) and copy.is_contiguous() and copy.storage_offset() == 0
+    leaf = wide.float()[:, 1:129].requires_grad_()
+    _flash.readable(leaf).sum().backward()
+    assert (leaf.grad == 1).all()
+
+
 def test_edges():
     assert _flash._edges(False, None) == (-1, -1)
     assert _flash._edges(True, None) == (-1, 0)
@@ -164,6 +181,27 @@ def test_flash_attn_2(flash_attn_package, monkeypatch):
     )
     assert calls.pop() == ("lse", "state", True, -1, 0)
     assert all(a is b and (a == 3).all() for a, b in zip(got, into, strict=True))
+
+
+def test_flash_attn_as_custom_operators(flash_attn_package):
+    """As flash_attn wraps them from torch 2.4 on: the signature is that of the wrapper."""
+    interface, _ = flash_attn_package
+    plain = interface._flash_attn_varlen_forward
+
+    class Wrapped:
+        _init_fn = staticmethod(plain)
+
+        def __call__(self, *args, **kwargs):
+            return plain(*args, **kwargs)
+
+    interface._flash_attn_varlen_forward = Wrapped()
+    assert _flash.has_flash_attn_pair()
+    made = torch.library.custom_op("llm2vec_fast_test::identity", mutates_args=())(_identity)
+    assert made._init_fn is _identity
+
+
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
 
 
 def test_an_older_flash_attn_has_no_pair(flash_attn_package):

@@ -180,6 +180,16 @@ def test_a_view_is_used_up_too(place, values_and_gradients):
     assert torch.equal(one[0][0], two[0][0]) and torch.equal(one[1][0], two[1][0])
 
 
+def test_columns_need_not_be_adjacent(place, values_and_gradients):
+    qkv, rest = few(place)
+
+    def of(turn):
+        return values_and_gradients(lambda x: rope_attention(turn(x * 1), *rest), [qkv])
+
+    one, two = of(lambda x: x), of(lambda x: x.t().contiguous().t())
+    assert torch.equal(one[0][0], two[0][0]) and torch.equal(one[1][0], two[1][0])
+
+
 def test_who_kept_the_projection_before_hears_of_the_change(place):
     qkv = drawn(place.dtype, place.device).requires_grad_() * 1
     early = (qkv * qkv).sum()

@@ -25,7 +25,10 @@ from llm2vec_fast.ops.kernels.launch import launch, power_of_2
 FAR = 1 << 30  # a window that hides nothing
 LOG2E = 1.4426950408889634
 # Whatever changes from batch to batch must not compile a kernel anew.
-VARYING = ["texts", "blocks", "T", "left", "right", "seed", "limit"]
+VARYING = {
+    "do_not_specialize": ["texts", "blocks", "T", "left", "right", "seed", "limit"],
+    "do_not_specialize_on_alignment": ["cu_seqlens"],  # lies behind a batch's ids and positions
+}
 
 
 @triton.jit
@@ -144,7 +147,7 @@ def _meet(
     return acc, new_top, total
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(**VARYING)
 def _forward(
     o, lse, q, k, v, cu_seqlens, texts, blocks, T, group, o_row,
     q_row, q_head, k_row, k_head, v_row, v_head, left, right, scale, seed, limit, keep,
@@ -157,9 +160,11 @@ def _forward(
     if at >= length:
         return
     row, column = tl.arange(0, QUERIES), tl.arange(0, W)
-    q += (start + at).to(tl.int64) * q_row + head * q_head
-    k += start.to(tl.int64) * k_row + head // group * k_head
-    v += start.to(tl.int64) * v_row + head // group * v_head
+    # In int64: where whole heads lie one after the other, theirs are the long steps.
+    kv_head = (head // group).to(tl.int64)
+    q += (start + at).to(tl.int64) * q_row + head.to(tl.int64) * q_head
+    k += start.to(tl.int64) * k_row + kv_head * k_head
+    v += start.to(tl.int64) * v_row + kv_head * v_head
     queries = load_rows(q, row, length - at, q_row, column, True, H, W)
     acc = tl.zeros((QUERIES, W), tl.float32)
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
@@ -266,7 +271,7 @@ def forward(
     o_TNH = q_TNH.new_empty((T, N, H))
     lse_NT = q_TNH.new_empty((N, T), dtype=torch.float32)
     options = block_options(q_TNH, width, max_seqlen)
-    blocks = T // options["QUERIES"] + texts if T else 0
+    blocks = T // options["QUERIES"] + texts if T and texts else 0
     sides, chance, flags = mask_arguments(causal, window, dropout_p, seed)
     launch(
         _forward, (blocks * N,), o_TNH, lse_NT, q_TNH, k_TKH, v_TKH, cu_seqlens, texts, blocks, T,

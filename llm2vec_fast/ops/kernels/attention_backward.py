@@ -63,7 +63,7 @@ def _meet_keys(
     return tl.dot(dscore.to(keys.dtype), keys, dq, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(**VARYING)
 def _queries(
     dq, delta, do, o, lse, q, k, v, cu_seqlens, texts, blocks, T, group,
     dq_row, dq_head, do_row, do_head, o_row, o_head, q_row, q_head, k_row, k_head, v_row, v_head,
@@ -78,15 +78,16 @@ def _queries(
     row, column = tl.arange(0, QUERIES), tl.arange(0, W)
     here = (start + at).to(tl.int64)
     inside = row < length - at
-    q += here * q_row + head * q_head
-    do += here * do_row + head * do_head
-    o += here * o_row + head * o_head
-    k += start.to(tl.int64) * k_row + head // group * k_head
-    v += start.to(tl.int64) * v_row + head // group * v_head
+    wide_head, kv_head = head.to(tl.int64), (head // group).to(tl.int64)
+    q += here * q_row + wide_head * q_head
+    do += here * do_row + wide_head * do_head
+    o += here * o_row + wide_head * o_head
+    k += start.to(tl.int64) * k_row + kv_head * k_head
+    v += start.to(tl.int64) * v_row + kv_head * v_head
     douts = load_rows(do, row, length - at, do_row, column, True, H, W)
     outs = load_rows(o, row, length - at, o_row, column, True, H, W)
     deltas = tl.sum(outs.to(tl.float32) * douts.to(tl.float32), 1)
-    line = head.to(tl.int64) * T + here
+    line = wide_head * T + here
     tl.store(delta + line + row, deltas, mask=inside)
     queries = load_rows(q, row, length - at, q_row, column, True, H, W)
     lses = tl.load(lse + line + row, mask=inside, other=0.0)
@@ -114,7 +115,7 @@ def _queries(
             left, right, scale, one, two, seed, head, start, limit, keep,
             True, LEFT, RIGHT, DROPOUT, H, W, QUERIES, KEYS,
         )  # fmt: skip
-    to = dq + here * dq_row + head * dq_head + row[:, None] * dq_row + column[None, :]
+    to = dq + here * dq_row + wide_head * dq_head + row[:, None] * dq_row + column[None, :]
     value = (acc * natural_scale).to(dq.dtype.element_ty)
     tl.store(to, value, mask=inside[:, None] & (column < H)[None, :])
 
@@ -164,7 +165,7 @@ def _meet_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(**VARYING)
 def _keys(
     dk, dv, do, lse, delta, q, k, v, cu_seqlens, texts, blocks, T, group,
     dk_row, dk_head, dv_row, dv_head, do_row, do_head, q_row, q_head, k_row, k_head, v_row, v_head,
@@ -178,8 +179,9 @@ def _keys(
         return
     row, column = tl.arange(0, KEYS), tl.arange(0, W)
     base, here = start.to(tl.int64), (start + at).to(tl.int64)
-    k += here * k_row + kv_head * k_head
-    v += here * v_row + kv_head * v_head
+    wide_kv_head = kv_head.to(tl.int64)
+    k += here * k_row + wide_kv_head * k_head
+    v += here * v_row + wide_kv_head * v_head
     keys = load_rows(k, row, length - at, k_row, column, True, H, W)
     values = load_rows(v, row, length - at, v_row, column, True, H, W)
     dkeys = tl.zeros((KEYS, W), tl.float32)
@@ -187,8 +189,10 @@ def _keys(
     # A key is seen from the other side: by queries up to `right` before it and `left` after it.
     low, all_from, all_to, high = seen_range(at, length, right, left, KEYS, QUERIES)
     for head in range(kv_head * group, kv_head * group + group):
-        qs, dos = q + base * q_row + head * q_head, do + base * do_row + head * do_head
-        line = base + tl.cast(head, tl.int64) * T
+        wide_head = tl.cast(head, tl.int64)
+        qs = q + base * q_row + wide_head * q_head
+        dos = do + base * do_row + wide_head * do_head
+        line = base + wide_head * T
         one, two = row, row
         if DROPOUT:
             one, two = random_words(seed, head, start + at + row, 1)
@@ -216,9 +220,9 @@ def _keys(
             )  # fmt: skip
     inside = (row < length - at)[:, None] & (column < H)[None, :]
     kind = dk.dtype.element_ty
-    to = dk + here * dk_row + kv_head * dk_head + row[:, None] * dk_row + column[None, :]
+    to = dk + here * dk_row + wide_kv_head * dk_head + row[:, None] * dk_row + column[None, :]
     tl.store(to, (dkeys * natural_scale).to(kind), mask=inside)
-    to = dv + here * dv_row + kv_head * dv_head + row[:, None] * dv_row + column[None, :]
+    to = dv + here * dv_row + wide_kv_head * dv_head + row[:, None] * dv_row + column[None, :]
     tl.store(to, dvalues.to(kind), mask=inside)
 
 
@@ -281,7 +285,7 @@ def backward(
     inputs = (*_strides(q_TNH), *_strides(k_TKH), *_strides(v_TKH))
     numbers = (*sides, scale * LOG2E, scale, *chance)
     sizes = {"H": H, "W": width}
-    blocks = T // of_queries["QUERIES"] + texts if T else 0
+    blocks = T // of_queries["QUERIES"] + texts if T and texts else 0
     launch(
         _queries, (blocks * N,), dq_TNH, delta_NT, do_TNH, o_TNH, lse_NT, q_TNH, k_TKH, v_TKH,
         cu_seqlens, texts, blocks, T, N // K, *_strides(dq_TNH), *_strides(do_TNH),
@@ -289,7 +293,7 @@ def backward(
     )  # fmt: skip
     if dk_TKH is None or dv_TKH is None:
         return
-    blocks = T // of_keys["KEYS"] + texts if T else 0
+    blocks = T // of_keys["KEYS"] + texts if T and texts else 0
     launch(
         _keys, (blocks * K,), dk_TKH, dv_TKH, do_TNH, lse_NT, delta_NT, q_TNH, k_TKH, v_TKH,
         cu_seqlens, texts, blocks, T, N // K, *_strides(dk_TKH), *_strides(dv_TKH),

@@ -14,7 +14,8 @@ from torch import Tensor
 from llm2vec_fast.ops.kernels.launch import launch, power_of_2
 
 
-@triton.jit
+# What changes from batch to batch must not compile it anew: how many rows, where positions lie.
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["positions"])
 def _rotate(
     out, qkv, positions, cos, sin, rows, out_t, qkv_t,
     HEADS: tl.constexpr, TURNED: tl.constexpr, E: tl.constexpr, INVERSE: tl.constexpr,
