@@ -57,7 +57,7 @@ class PackedBatch:
                     "each text needs a token and a span of at least one token inside it"
                 )
         total, count = sum(lengths), len(lengths)
-        # One buffer, pinned where that helps, so that one copy brings everything to the device. Each
+        # One buffer, pinned where that helps: one copy brings everything to the device. Each
         # part starts at 16 bytes: Triton compiles a kernel anew for every alignment it meets.
         sizes = (total, total, count + 1, 2 * count)
         starts = [0, *itertools.accumulate(-(-size // 4) * 4 for size in sizes)]
