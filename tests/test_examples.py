@@ -32,9 +32,12 @@ def test_encode(directory):
 def test_embed_corpus(directory, tmp_path):
     (tmp_path / "t.txt").write_text("a list\na dict\na set of keys\n")
     told = run("embed_corpus.py", str(directory), str(tmp_path / "t.txt"), str(tmp_path / "out"))
-    assert "3 documents" in told and len(told.splitlines()) == 4
+    assert "3 documents" in told and len(told.splitlines()) == 6  # 3 of the summary, 3 hits
+    opened = run("open_vectors.py", str(tmp_path / "out"))
+    assert "pyarrow: 3 vectors of 48 dimensions" in opened
+    assert all(f"{tool}: " in opened for tool in ("polars", "duckdb", "faiss"))
 
 
 def test_every_example_is_tested():
-    tested = {"encode.py", "embed_corpus.py"}
+    tested = {"encode.py", "embed_corpus.py", "open_vectors.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
