@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "llm2vec_fast", *arguments]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "llm2vec_fast", *arguments]
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    options = {"env": ENV, "capture_output": True, "text": True} | options
+    return subprocess.run(command(*arguments), **options)
+
+
+def start(*arguments: str, env=ENV, **options) -> subprocess.Popen:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    return subprocess.Popen(command(*arguments), env=env, **options)
+
+
+def wait_for_shards(out, count: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("part-*.parquet"))) < count and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +43,11 @@ def directory(tiny_model, add_tokenizer, tmp_path_factory):
 def test_embed_then_search(directory, tmp_path):
     source, out = tmp_path / "t.txt", tmp_path / "out"
     source.write_text("a list of numbers\nthe keys of a dict\n")
-    command = ("embed", str(source), "--model", str(directory), "--output", str(out), "--causal")
-    done = run(*command)
+    embed = ("embed", str(source), "--model", str(directory), "--output", str(out), "--causal")
+    done = run(*embed)
     assert done.returncode == 0, done.stderr
     assert "2 documents" in done.stdout and "2 ok" in done.stdout
-    assert "2 reused" in run(*command).stdout
+    assert "2 reused" in run(*embed).stdout
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["model"]["settings"]["enable_bidirectional"] is False
     found = run("search", str(out), "a list of numbers", "--k", "1", "--json")
@@ -46,6 +65,128 @@ def test_errors_are_one_line_without_a_traceback(directory, tmp_path):
     unknown = run("embed", "x.txt", "--modle", "y")
     assert unknown.returncode == 2 and "--modle" in unknown.stderr
     assert run("nonsense").returncode == 2
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("".join(f"{'list of keys ' * 10}number {n}\n" for n in range(1200)))
+    return path
+
+
+def embed_of(corpus, directory, out, *more: str) -> tuple[str, ...]:
+    return (
+        "embed", str(corpus), "--model", str(directory), "--output", str(out),
+        "--rows-per-shard", "30", "--tokens-per-batch", "64", *more,
+    )  # fmt: skip
+
+
+def test_signals_end_it_cleanly_and_the_same_command_resumes(directory, corpus, tmp_path):
+    out = tmp_path / "out"
+    embed, already = embed_of(corpus, directory, out), 0
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = start(*embed)
+        wait_for_shards(out, already + 3, process)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == code, errors
+        assert "the same command resumes" in errors and "Traceback" not in errors
+        assert not list(out.glob("*.partial"))
+        already = len(list(out.glob("part-*.parquet")))
+        assert already < 40
+    done = run(*embed, "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["reused"] == already * 30 and summary["documents"] == 1200 - already * 30
+
+
+def test_an_interrupt_while_waiting_for_standard_input(directory, tmp_path):
+    """The reading thread hangs in a pipe that stays open."""
+    out = tmp_path / "out"
+    process = start(*embed_of("-", directory, out), stdin=subprocess.PIPE)
+    process.stdin.write("a list\n" * 95)
+    process.stdin.flush()
+    wait_for_shards(out, 3, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143, process.stderr.read()
+    done = run(*embed_of("-", directory, out), input="a list\n" * 95)
+    assert done.returncode == 0, done.stderr
+    assert "90 reused" in done.stdout and "same bytes" in done.stdout
+
+
+def test_a_full_disk_ends_it_cleanly(directory, corpus, tmp_path):
+    """A limit on the size of files fails writing as a full disk does, also for root."""
+    import resource
+
+    out = tmp_path / "out"
+    embed = embed_of(corpus, directory, out, "--rows-per-shard", "1000")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    done = run(*embed, preexec_fn=limit)
+    assert done.returncode == 1 and done.stderr.startswith("error: "), done.stderr
+    assert "could not be written" in done.stderr and "Traceback" not in done.stderr
+    assert not list(out.glob("part-*"))
+    assert run(*embed).returncode == 0
+
+
+def test_the_options_of_a_corpus(directory, tmp_path):
+    docs, out = tmp_path / "docs", tmp_path / "out"
+    docs.mkdir()
+    (docs / "a.md").write_text("a list\nof numbers")
+    embed = embed_of(docs, directory, out, "--whole-files", "--output-format", "npy")
+    assert run(*embed).returncode == 0
+    assert (out / "part-00000-000000.npy").exists()
+    more = tmp_path / "b.md"
+    more.write_text("the keys of a dict")
+    both = (*embed[:1], str(more), *embed[1:])
+    refused = run(*both)
+    assert refused.returncode == 1 and "--append" in refused.stderr
+    data = bytearray((out / "part-00000-000000.npy").read_bytes())
+    data[-1] ^= 1
+    (out / "part-00000-000000.npy").write_bytes(data)
+    done = run(*both, "--append", "--verify")
+    assert done.returncode == 0, done.stderr
+    assert "2 documents" in done.stdout and "1 damaged" in done.stdout
+    found = run("search", str(out), "a list of numbers", "the keys of a dict", "--json", "--k", "1")
+    ids = [json.loads(line)["hits"][0]["id"] for line in found.stdout.splitlines()]
+    assert ids == [str(docs / "a.md"), str(more)]
+    refused = run(*both, "--unique-ids")
+    assert refused.returncode == 1 and "id_column" in refused.stderr
+
+
+def test_ranks_share_an_output(directory, corpus, tmp_path):
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    ranks = [
+        start(
+            *embed_of(corpus, directory, out),
+            env=ENV | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=60) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert "rank 0 of 2" in outputs[0][0] and outputs[1][0] == ""
+    told = [json.loads((out / f"summary-{rank:05d}.json").read_text()) for rank in range(2)]
+    assert [summary["documents"] for summary in told] == [600, 600]
+    assert run(*embed_of(corpus, directory, alone)).returncode == 0
+    for path in sorted(alone.glob("part-*.parquet")):
+        assert path.read_bytes() == (out / path.name).read_bytes()
+    assert len(list(out.glob("part-*.parquet"))) == 40
+
+
+def test_a_second_writer_is_refused(directory, corpus, tmp_path):
+    first = start(*embed_of(corpus, directory, tmp_path))
+    wait_for_shards(tmp_path, 1, first)
+    first.send_signal(signal.SIGSTOP)
+    try:
+        second = run(*embed_of(corpus, directory, tmp_path))
+        assert second.returncode == 1
+        assert f"is being written by pid {first.pid}" in second.stderr
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.wait()
 
 
 def test_doctor_tells_machine_versions_and_backends(directory):

@@ -1,6 +1,7 @@
-"""Embedding whole corpora: files of texts to Parquet shards of vectors, resumable; and search."""
+"""Embedding whole corpora: inputs of many kinds to shards of vectors, resumable; and search."""
 
 from llm2vec_fast.corpus.run import embed
 from llm2vec_fast.corpus.search import search
+from llm2vec_fast.corpus.verify import verify
 
-__all__ = ["embed", "search"]
+__all__ = ["embed", "search", "verify"]

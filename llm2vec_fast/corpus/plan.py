@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm2vec_fast.corpus.read import Source
-from llm2vec_fast.model.checkpoint import write_json
 from llm2vec_fast.version import __version__
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 ENDS = 64 << 10  # bytes of a file's start and end that its fingerprint covers
+STDIN = "-"
+LATER = {"output_format": "parquet"}  # what older manifests do not name
+# What file systems behind URLs tell of a file besides its size, whichever they have.
+REMOTE_MARKS = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "mtime")
 
 
 class ManifestError(ValueError):
@@ -23,10 +29,10 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Job:
-    """`count` rows of one input: a sorting window and an output shard."""
+    """Consecutive rows of one input: a sorting window and an output shard."""
 
     source: int  # which input
-    number: int  # which job of it: rows from number * count on
+    number: int  # which job of it: rows from number * rows_per_shard on
 
     @property
     def shard(self) -> str:
@@ -34,43 +40,97 @@ class Job:
 
 
 def fingerprint_of(source: Source) -> dict[str, Any]:
-    """Path, size, time of change, and a hash of both ends of an input."""
-    stat = source.path.stat()
-    with open(source.path, "rb") as file:
-        digest = hashlib.sha256(file.read(ENDS))
-        file.seek(max(0, stat.st_size - ENDS))
-        digest.update(file.read(ENDS))
-    return {
-        "path": source.path.as_posix(),
-        "size": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
-        "ends": digest.hexdigest(),
-    }
+    """What tells whether an input is still the same, without reading all of it.
+
+    A file: size, time of change, hash of both ends. A URL: size, what the store tells of its
+    version, hash of both ends. Files that are documents: their number, and a hash of names, sizes
+    and times. Standard input has none: it cannot be resumed unless the same bytes come again.
+    """
+    told: dict[str, Any] = {"path": source.name}
+    if source.name == STDIN:
+        return told
+    if source.format == "files":
+        digest = hashlib.sha256()
+        for path in source.files:
+            mark = _file_marks(path) if "://" not in path else _remote_marks(path)
+            digest.update(json.dumps([path, mark]).encode())
+        return told | {"files": len(source.files), "names": digest.hexdigest()}
+    path = source.files[0]
+    if "://" in path:
+        import fsspec
+
+        told |= _remote_marks(path)
+        with fsspec.open(path, "rb") as file:
+            return told | {"ends": _hash_of_ends(file, told["size"])}
+    told |= _file_marks(path)
+    with open(path, "rb") as file:
+        return told | {"ends": _hash_of_ends(file, told["size"])}
 
 
-def settle_manifest(output: Path, wanted: dict[str, Any]) -> None:
+def _file_marks(path: str) -> dict[str, Any]:
+    stat = os.stat(path)
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _remote_marks(url: str) -> dict[str, Any]:
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(url)
+    info = system.info(path)
+    marks = {name: str(info[name]) for name in REMOTE_MARKS if info.get(name) is not None}
+    return {"size": info["size"], **marks}
+
+
+def _hash_of_ends(file, size: int) -> str:
+    digest = hashlib.sha256(file.read(ENDS))
+    file.seek(max(0, size - ENDS))
+    digest.update(file.read(ENDS))
+    return digest.hexdigest()
+
+
+def in_order(output: Path, sources: Sequence[Source]) -> list[Source]:
+    """Inputs in the order of the manifest that is there, new ones behind: a shard's name holds
+    its input's number, and a new file of a directory may sort before the old ones.
+    """
+    if not (output / MANIFEST).exists():
+        return list(sources)
+    known = [told["path"] for told in read_manifest(output)["inputs"]]
+    place = {path: at for at, path in enumerate(known)}
+    return sorted(sources, key=lambda source: place.get(source.name, len(known)))
+
+
+def settle_manifest(output: Path, wanted: dict[str, Any], append: bool = False) -> None:
     """Writes the manifest of a new job, or checks that the one there is the same job.
 
+    append: the job there may have fewer inputs; the manifest is rewritten with the new ones
     raises: ManifestError showing every difference
     """
-    path = output / MANIFEST
     wanted = {"format": FORMAT, "made_by": f"llm2vec_fast {__version__}", **wanted}
     wanted = json.loads(json.dumps(wanted))
-    if not path.exists():
-        if any(output.glob("part-*.parquet")):
+    # Looked for before the manifest: another rank may be writing both, the manifest first.
+    shards = any(output.glob("part-*.parquet"))
+    if not (output / MANIFEST).exists():
+        if shards:
             raise ManifestError(
                 f"{output} holds shards but no {MANIFEST}: choose another directory or clear it"
             )
-        write_json(wanted, path)
-        return
+        if _create(output, wanted):
+            return
     found = read_manifest(output)
-    differences = list(_differences({**found, "made_by": wanted["made_by"]}, wanted))
+    same = {"inputs": None, "made_by": None}  # inputs are compared by name, the maker not at all
+    differences = [
+        *_differences(LATER | found | same, LATER | wanted | same),
+        *_input_differences(found["inputs"], wanted["inputs"], append),
+    ]
     if differences:
         raise ManifestError(
             f"{output} holds another job, and resuming it would mix two kinds of vectors:\n  "
             + "\n  ".join(differences)
             + "\nUse the same options and inputs, or another output directory."
         )
+    new = wanted["inputs"][len(found["inputs"]) :]
+    if new:
+        _write(output, {**found, "inputs": found["inputs"] + new}).replace(output / MANIFEST)
 
 
 def read_manifest(output: Path) -> dict[str, Any]:
@@ -80,9 +140,71 @@ def read_manifest(output: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise ValueError(f"format {FORMAT} expected")
+        if not isinstance(found.get("inputs"), list):
+            raise ValueError("no list of inputs")
     except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path} is not the manifest of an embedding job: {error}") from error
     return found
+
+
+def _create(output: Path, manifest: dict[str, Any]) -> bool:
+    """Puts the manifest there whole, unless another process was first: then False."""
+    partial = _write(output, manifest)
+    try:
+        os.link(partial, output / MANIFEST)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links; what is there is compared after this
+        if (output / MANIFEST).exists():
+            return False
+        partial.replace(output / MANIFEST)
+        return False
+    finally:
+        partial.unlink(missing_ok=True)
+    return True
+
+
+def _write(output: Path, manifest: dict[str, Any]) -> Path:
+    """The manifest on disk, under a name that nobody else uses."""
+    partial = output / f"{MANIFEST}.{os.getpid()}-{threading.get_ident()}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return partial
+
+
+def _input_differences(found: list[dict], wanted: list[dict], append: bool):
+    now = {told["path"]: told for told in wanted}
+    for at, then in enumerate(found):
+        path = then["path"]
+        if path not in now:
+            yield f"inputs[{at}]: {path} was an input and is not given now"
+        else:
+            yield from _one_input(then, now[path], f"inputs[{at}]")
+    known = {told["path"] for told in found}
+    new = [told["path"] for told in wanted if told["path"] not in known]
+    if new and not append:
+        yield f"inputs: {', '.join(new[:5])} new ({len(new)} in all); --append adds new inputs"
+
+
+def _one_input(found: dict, wanted: dict, where: str):
+    """A new time alone is no difference where the ends are the whole file; in a larger file,
+    another middle may hide behind it.
+    """
+    differences = list(_differences(found, wanted, where))
+    if [key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)] == [
+        "mtime_ns"
+    ]:
+        if found["size"] <= 2 * ENDS:
+            return
+        seconds = f"{found['mtime_ns'] // 10**9}.{found['mtime_ns'] % 10**9:09d}"
+        yield (
+            f"{differences[0]} ({found['path']} has the same size and ends; if it is the same "
+            f"file, say so with: touch -d @{seconds} FILE)"
+        )
+        return
+    yield from (f"{difference} ({found['path']})" for difference in differences)
 
 
 def _differences(found: Any, wanted: Any, where: str = ""):

@@ -2,66 +2,79 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
+import torch
 
-from llm2vec_fast.corpus.plan import Job, fingerprint_of, settle_manifest
+from llm2vec_fast.corpus.ids import UniqueIds
+from llm2vec_fast.corpus.lock import Locks
+from llm2vec_fast.corpus.pipeline import Clock, Pipeline
+from llm2vec_fast.corpus.plan import STDIN, fingerprint_of, in_order, settle_manifest
 from llm2vec_fast.corpus.progress import Progress
-from llm2vec_fast.corpus.read import (
-    Columns,
-    Position,
-    Row,
-    Source,
-    count_lines,
-    open_source,
-    read_rows,
+from llm2vec_fast.corpus.read import Columns, Source, open_sources, size_of
+from llm2vec_fast.corpus.store import clean_partials
+from llm2vec_fast.corpus.walk import Rank, Walk
+from llm2vec_fast.corpus.worker import (
+    ROWS_PER_SHARD,
+    Options,
+    Work,
+    compute,
+    prepare,
+    run_shard,
+    store,
 )
-from llm2vec_fast.corpus.store import Footer, read_footer, write_shard
 from llm2vec_fast.encoder import LLM2Vec
-from llm2vec_fast.vectors import check_form, finish
+from llm2vec_fast.vectors import check_form
 
-ROWS_PER_SHARD = 16_384
-
-
-@dataclass(frozen=True)
-class Options:
-    """How texts become stored vectors, beyond the model's own settings."""
-
-    columns: Columns = field(default_factory=Columns)
-    instruction: str | None = None
-    precision: str = "float16"
-    truncate_dim: int | None = None
-    normalize: bool = False
-    tokens_per_batch: int | None = None
-    rows_per_shard: int = ROWS_PER_SHARD
-    on_error: str = "raise"
+__all__ = ["Options", "Summary", "Work", "describe", "embed", "run_shard"]
 
 
 @dataclass
 class Summary:
-    """What a run did; `reused` documents were in valid shards already."""
+    """What a run did; `reused` documents were in valid shards already.
+
+    stages: seconds spent reading, tokenising, in the forward pass, writing (side by side), and
+            waiting: the forward pass for rows
+    """
 
     output: Path
     documents: int = 0
     tokens: int = 0
     reused: int = 0
+    damaged: int = 0
     seconds: float = 0.0
     bytes: int = 0
+    rank: int = 0
+    world: int = 1
     statuses: Counter = field(default_factory=Counter)
+    stages: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{n} {status}" for status, n in sorted(self.statuses.items()))
-        rate = self.tokens / self.seconds if self.seconds else 0
-        done = f"{self.documents} documents, {self.tokens} tokens in {self.seconds:.1f} s"
-        return (
-            f"{done} ({rate:.0f} tokens/s), {self.reused} reused; {kinds or 'no documents'}; "
-            f"{self.bytes / 1e6:.1f} MB in {self.output}"
-        )
+        seconds = self.seconds or 1e-9
+        stages = ", ".join(f"{name} {spent:.1f}" for name, spent in sorted(self.stages.items()))
+        lines = [
+            f"{self.documents} documents, {self.tokens} tokens in {self.seconds:.1f} s "
+            f"({self.tokens / seconds:.0f} tokens/s, {self.documents / seconds:.1f} documents/s), "
+            f"{self.reused} reused",
+            f"{kinds or 'no documents'}; {self.bytes / 1e6:.1f} MB in {self.output}",
+            f"seconds by stage, side by side: {stages}" if stages else "",
+            f"{self.damaged} damaged shards were done again" if self.damaged else "",
+            f"this is rank {self.rank} of {self.world}" if self.world > 1 else "",
+            *self.notes,
+        ]
+        return "\n".join(filter(None, lines))
+
+    def as_json(self) -> str:
+        """The same for programs."""
+        return json.dumps(vars(self) | {"output": str(self.output)})
 
 
 def embed(
@@ -70,11 +83,13 @@ def embed(
     output: str | Path,
     *,
     adapters: Sequence[str | Path] = (),
+    whole_files: bool = False,
     text_column: str = "text",
     id_column: str | None = None,
     keep: Sequence[str] = (),
     instruction: str | None = None,
     precision: str = "float16",
+    output_format: str = "parquet",
     dtype: str = "auto",
     truncate_dim: int | None = None,
     normalize: bool = False,
@@ -84,42 +99,54 @@ def embed(
     tokens_per_batch: int | None = None,
     rows_per_shard: int = ROWS_PER_SHARD,
     on_error: str = "raise",
+    append: bool = False,
+    verify: bool = False,
+    unique_ids: bool = False,
     device: str | None = None,
     show_progress: bool = True,
 ) -> Summary:
-    """Embeds files of texts into `output`/part-*.parquet. Interrupted, the same call resumes.
+    """Embeds a corpus into shards `output`/part-*.parquet. Interrupted, the same call resumes.
 
-    inputs:         .txt (a line a document) or .jsonl files
+    inputs:         files (.txt, .jsonl, .csv, .tsv, .parquet; also .gz, .zst), directories, globs,
+                    fsspec URLs, or "-" for standard input
     model:          a path or hub name with `adapters`, or a model that is loaded already
-    keep:           fields of a jsonl object that are carried into the output, as text
+    whole_files:    each file is one document
+    keep:           fields of a row that are carried into the output, as text
     precision:      of the stored vectors: float16 | float32 | int8 (with a column `scale`) | binary
+    output_format:  parquet, or npy: vectors in part-*.npy beside, for memory mapping
     rows_per_shard: documents of a job: sorted by length together, written as one shard, redone
                     together if killed
     on_error:       "raise" stops at a row that is not text; "skip" stores it with a null vector
+    append:         the output may be of fewer inputs; those must be unchanged
+    verify:         read every byte of finished shards first, and redo the damaged ones
+    unique_ids:     refuse ids that occur twice; they are kept on disk in the output directory
     The other arguments are those of `LLM2Vec.from_pretrained` and `encode`.
-    returns:        a Summary
-    raises:         ValueError naming file and row; ManifestError if `output` holds another job
+
+    Several processes started by torchrun share the jobs; each uses the GPU of its LOCAL_RANK.
+    returns:        a Summary of this process, also written to `output`/summary-<rank>.json
+    raises:         ValueError naming file and row; ManifestError if `output` holds another job;
+                    LockError if another process is writing there; OSError if the disk is full
     """
     options = Options(
         Columns(text_column, id_column, tuple(keep)), instruction, precision, truncate_dim,
-        normalize, tokens_per_batch, rows_per_shard, on_error,
+        normalize, tokens_per_batch, rows_per_shard, on_error, output_format,
     )  # fmt: skip
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
-    if rows_per_shard < 1:
-        raise ValueError(f"rows_per_shard must be at least 1, got {rows_per_shard}")
-    inputs = [inputs] if isinstance(inputs, str | Path) else list(inputs)
-    sources = [open_source(path) for path in inputs]
+    if unique_ids and id_column is None:
+        raise ValueError("unique_ids needs an id_column: ids made of file and row are unique")
+    rank, output = Rank.from_environment(), Path(output)
+    sources = in_order(output, open_sources(_listed(inputs), whole_files))
+    if rank.world > 1 and any(source.name == STDIN for source in sources):
+        raise ValueError("standard input cannot be shared among processes: give files")
     if not isinstance(model, LLM2Vec):
         model = LLM2Vec.from_pretrained(
             model, list(adapters), pooling_mode=pooling_mode, max_length=max_length,
-            enable_bidirectional=enable_bidirectional, dtype=dtype, device=device,
+            enable_bidirectional=enable_bidirectional, dtype=dtype, device=_device(device, rank),
         )  # fmt: skip
     check_form(model.dimension, truncate_dim, precision)
-    output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    settle_manifest(output, describe(sources, model, options))
-    return _run(sources, model, output, options, show_progress)
+    settle_manifest(output, describe(sources, model, options), append)
+    clean_partials(output)
+    return _start(sources, model, output, options, rank, verify, unique_ids, show_progress)
 
 
 def describe(sources: Sequence[Source], model: LLM2Vec, options: Options) -> dict:
@@ -129,6 +156,7 @@ def describe(sources: Sequence[Source], model: LLM2Vec, options: Options) -> dic
         "inputs": [fingerprint_of(source) for source in sources],
         "columns": {"text": columns.text, "id": columns.id, "keep": list(columns.keep)},
         "rows_per_shard": options.rows_per_shard,
+        "output_format": options.output_format,
         "model": model.describe(),
         "vectors": {
             "instruction": options.instruction,
@@ -140,79 +168,102 @@ def describe(sources: Sequence[Source], model: LLM2Vec, options: Options) -> dic
     }
 
 
-def _run(sources, model: LLM2Vec, output: Path, options: Options, shown: bool) -> Summary:
-    summary, began = Summary(output), time.monotonic()
-    with Progress(count_lines(sources) if shown else None, shown) as progress:
-        for job, rows, start, end in _jobs(sources, output, options, summary, progress.update):
-            footer = run_shard(job, rows, start, end, model, output, options, progress.update)
-            summary.documents += footer.rows
-            summary.tokens += footer.tokens
-            summary.statuses.update(footer.statuses)
-    summary.seconds = time.monotonic() - began
-    summary.bytes = sum(path.stat().st_size for path in output.glob("part-*.parquet"))
+def _listed(inputs: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    return [inputs] if isinstance(inputs, str | Path) else list(inputs)
+
+
+def _device(device: str | None, rank: Rank) -> str | None:
+    """Of several processes, each takes the GPU of its local rank."""
+    if rank.world == 1 or device not in (None, "cuda") or not torch.cuda.is_available():
+        return device
+    if rank.local >= torch.cuda.device_count():
+        raise ValueError(
+            f"LOCAL_RANK={rank.local}, but there are {torch.cuda.device_count()} GPUs: start as "
+            "many processes as GPUs"
+        )
+    torch.cuda.set_device(rank.local)
+    return f"cuda:{rank.local}"
+
+
+def _start(
+    sources: Sequence[Source],
+    model: LLM2Vec,
+    output: Path,
+    options: Options,
+    rank: Rank,
+    verify: bool,
+    unique_ids: bool,
+    show_progress: bool,
+) -> Summary:
+    """Takes what a run holds on to, runs, and gives it back whatever happens."""
+    sizes = [size_of(source) for source in sources]
+    total = None if None in sizes else sum(sizes)
+    shown = show_progress and rank.rank == 0
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(total, shown, 1 / rank.world))
+        locks = stack.enter_context(Locks(output))
+        ids = None
+        if unique_ids:
+            ids = stack.enter_context(UniqueIds(output, [source.name for source in sources]))
+        walk = Walk(
+            sources, sizes, output, options, rank, locks, progress, Clock(), ids=ids, verify=verify
+        )
+        summary = _run(walk, model)
+    if any(source.name == STDIN for source in sources):
+        summary.notes.append(
+            "standard input cannot be resumed or appended to unless the same bytes come again"
+        )
+    path = output / f"summary-{rank.rank:05d}.json"
+    path.write_text(summary.as_json() + "\n", encoding="utf-8")
     return summary
 
 
-def _jobs(
-    sources: Sequence[Source],
-    output: Path,
-    options: Options,
-    summary: Summary,
-    progress: Callable[[int, int], None],
-) -> Iterator[tuple[Job, list[Row], Position, Position]]:
-    """The jobs that have no valid shard yet, in order, with their rows."""
-    for index, source in enumerate(sources):
-        position, number = Position(), 0
-        while True:
-            job = Job(index, number)
-            footer = read_footer(output / job.shard)
-            if footer is not None and footer.first_row == position.row:
-                position = Position(footer.first_row + footer.rows, footer.end_offset)
-                summary.reused += footer.rows
-                progress(footer.rows, 0)
-            else:
-                start = position
-                rows, position = read_rows(source, options.columns, start, options.rows_per_shard)
-                if not rows:
-                    break
-                yield job, rows, start, position
-            number += 1
+def _run(walk: Walk, model: LLM2Vec) -> Summary:
+    """Reading and tokenising, the forward pass, and writing, side by side."""
+    rank, clock, progress, options = walk.rank, walk.clock, walk.progress, walk.options
+    summary = Summary(walk.output, rank=rank.rank, world=rank.world, stages=clock.seconds)
+    line, began = Pipeline(clock), time.monotonic()
+
+    def prepared() -> Iterator[Work]:
+        for work in walk:
+            line.check()
+            with clock.measure("tokenise"), _named(work):
+                work = prepare(work, model, options)
+            yield work
+            del work
+
+    def count(documents: int, tokens: int) -> None:
+        line.check()
+        progress.update(documents, tokens)
+
+    def forward(work: Work) -> Work:
+        with clock.measure("forward"), _named(work):
+            return compute(work, model, options, count)
+
+    def finish(work: Work) -> None:
+        with clock.measure("write"), _named(work):
+            footer = store(work, walk.output, options).footer
+        walk.locks.give_back(work.job.shard)
+        progress.pass_by(work.size)
+        progress.finished(work.size, footer.tokens)
+        summary.documents += footer.rows
+        summary.tokens += footer.tokens
+        summary.statuses.update(footer.statuses)
+
+    line.run(prepared(), forward, finish)
+    summary.reused, summary.damaged = walk.reused, len(walk.damaged)
+    summary.seconds = time.monotonic() - began
+    shards = [*walk.output.glob("part-*.parquet"), *walk.output.glob("part-*.npy")]
+    summary.bytes = sum(path.stat().st_size for path in shards)
+    return summary
 
 
-def run_shard(
-    job: Job,
-    rows: list[Row],
-    start: Position,
-    end: Position,
-    encoder: LLM2Vec,
-    output: Path,
-    options: Options,
-    progress: Callable[[int, int], None] | None = None,
-) -> Footer:
-    """One job, whole: rows to vectors to a finished shard. The one worker of every kind of run."""
-    for at, row in enumerate(rows):
-        if row.error and options.on_error == "raise":
-            raise ValueError(
-                f"row {start.row + at} ({row.id}): {row.error}. Mend it, or use --on-error skip: "
-                "the row is then stored with status 'error' and no vector."
-            )
-    good = [at for at, row in enumerate(rows) if not row.error]
-    instruction = options.instruction or ""
-    tokens = encoder.tokenizer([rows[at].text for at in good], [instruction] * len(good))
-    vectors = np.zeros((len(rows), encoder.dimension), dtype=np.float32)
-    vectors[good] = encoder.embed_tokens(tokens, options.tokens_per_batch, progress=progress)
-    statuses, notes = ["error"] * len(rows), [row.error for row in rows]
-    n_tokens = np.zeros(len(rows), dtype=np.int32)
-    for at, found in zip(good, tokens, strict=True):
-        statuses[at], notes[at], n_tokens[at] = found.status, found.note, len(found)
-    for at in np.flatnonzero(~np.isfinite(vectors).all(axis=1)):
-        if options.on_error == "raise":
-            raise ValueError(f"row {start.row + at} ({rows[at].id}): the vector is not finite")
-        statuses[at], notes[at], vectors[at] = "error", "the vector is not finite", 0
-    stored, scale = finish(vectors, options.truncate_dim, options.normalize, options.precision)
-    if progress:
-        progress(len(rows) - len(good), 0)
-    return write_shard(
-        output / job.shard, rows, options.columns.keep, stored, scale, n_tokens, statuses, notes,
-        precision=options.precision, first_row=start.row, offsets=(start.offset, end.offset),
-    )  # fmt: skip
+@contextmanager
+def _named(work: Work) -> Iterator[None]:
+    """Errors tell which rows they are about; interrupts do not."""
+    try:
+        yield
+    except Exception as error:
+        if work.source.name not in str(error):
+            error.add_note(f"in {work}")
+        raise

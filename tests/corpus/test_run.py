@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def test_statuses_of_rows_that_are_not_plain_text(model, tmp_path):
     ]
     source = tmp_path / "mixed.jsonl"
     source.write_bytes(b"\n".join(rows) + b"\n")
-    with pytest.raises(ValueError, match=r"row 1 .*mixed\.jsonl:1.*not text.*--on-error skip"):
+    with pytest.raises(ValueError, match=r"row 1 of .*mixed\.jsonl: .*not text.*--on-error skip"):
         embed(source, model, tmp_path / "raised")
     out = tmp_path / "out"
     summary = embed(source, model, out, precision="float32", on_error="skip")
@@ -174,12 +175,14 @@ def test_resume_redoes_only_what_has_no_valid_shard(model, tmp_path, monkeypatch
     before = {path.name: path.read_bytes() for path in paths}
     paths[1].unlink()
     paths[2].write_bytes(before[paths[2].name][:-20])  # cut short
-    (out / "part-00000-000001.partial").write_bytes(b"what a killed writer left")
+    left = out / f"part-00000-000001.parquet.{platform.node()}-999999999.partial"
+    left.write_bytes(b"what a killed writer left")
     stamps = {p.name: p.stat().st_mtime_ns for p in (paths[0], paths[3])}
     summary = embed(source, model, out, rows_per_shard=10, precision="float32")
     assert (summary.documents, summary.reused) == (20, 20)
     assert {p.name: p.stat().st_mtime_ns for p in (paths[0], paths[3])} == stamps
     assert {path.name: path.read_bytes() for path in paths} == before  # bitwise the same
+    assert not list(out.glob("*.partial"))
     again = embed(source, model, out, rows_per_shard=10, precision="float32")
     assert (again.documents, again.reused) == (0, 40)
 
@@ -231,8 +234,9 @@ def test_the_fingerprint_sees_changed_weights(tiny_model, add_tokenizer, tmp_pat
     ("make", "told"),
     [
         (lambda p: p / "absent.txt", "absent"),
-        (lambda p: p, "not a file"),
-        (lambda p: (p / "x.csv").write_text("a") and p / "x.csv", "only .txt"),
+        (lambda p: p, "names no files"),
+        (lambda p: (p / "x.csv").write_text("a") and p / "x.csv", r"x\.csv has no column 'text'"),
+        (lambda p: (p / "x.doc").write_text("a") and p / "x.doc", "only .txt"),
     ],
 )
 def test_inputs_that_cannot_be_read(model, tmp_path, make, told):
