@@ -260,7 +260,7 @@ def _options(x: Tensor, width: int, dropout: bool) -> tuple[dict, dict]:
         one, two = _BLOCKS_FP32[row_of(width)]
     else:
         one, two = _BLOCKS[row_of(width)][family_of(arch)]
-        if 100 <= arch < 120 and row_of(width) == 128:
+        if 100 <= arch < 120 and row_of(width) <= 128:
             two = (32, 64, 8, 1)  # with loads in flight besides, Triton spills hundreds of bytes
         if dropout:  # random words need registers
             two = (min(two[0], 32), *two[1:])
