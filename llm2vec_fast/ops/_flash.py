@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Iterator
@@ -41,9 +42,61 @@ def _common_refusal(call: Call) -> str | None:
 
 
 def flash_attn_refuses(call: Call) -> str | None:
-    if importlib.util.find_spec("flash_attn") is None:
+    spec = importlib.util.find_spec("flash_attn")
+    if spec is None or spec.origin is None:  # flash-attn-4 alone makes a namespace of that name
         return "the package flash_attn is not installed"
     return _common_refusal(call)
+
+
+# FlashAttention 3 and 4: where they are imported from, the least compute capability, and how their
+# window says "all". Which is faster where has to be measured first: until a row in
+# benchmarks/results shows one ahead, it runs only where it is asked for by `use`.
+NEWER = {
+    "flash_attn_3": ("flash_attn_interface", 90, -1),
+    "flash_attn_4": ("flash_attn.cute", 90, None),
+}
+
+
+def newer_refuses(name: str, call: Call) -> str | None:
+    """Why FlashAttention 3 or 4 (`name`) does not run this call."""
+    module, least, _ = NEWER[name]
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ImportError:  # the package above it is absent
+        found = False
+    if not found:
+        return f"{module} cannot be imported"
+    if not call.forced:
+        return f"not measured ahead of the others yet; ops.use({name!r}) runs it"
+    if call.dropout:
+        return "has no dropout"
+    if call.device == "cuda" and call.arch < least:
+        return f"needs compute capability {least / 10}, this device has {call.arch / 10}"
+    return _common_refusal(call)
+
+
+@functools.cache
+def _newer_func(module: str):
+    return importlib.import_module(module).flash_attn_varlen_func
+
+
+def newer(name: str):
+    """FlashAttention 3 or 4 as a backend of `attention`; autograd is theirs."""
+    module, _, every = NEWER[name]
+
+    def run(
+        q, k, v, cu_seqlens, max_seqlen, causal, window, scale, dropout_p=0.0, seed=None
+    ) -> Tensor:
+        assert not dropout_p
+        q, k, v = readable(q), readable(k), readable(v)
+        edges = tuple(every if n < 0 else n for n in _edges(causal, window))
+        out = _newer_func(module)(
+            q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen, softmax_scale=scale, causal=causal, window_size=edges,
+        )  # fmt: skip
+        return out[0] if isinstance(out, tuple) else out  # some versions add lse
+
+    return run
 
 
 def varlen_refuses(call: Call) -> str | None:

@@ -5,6 +5,7 @@ T tokens, B texts, N query heads, K kv heads, H head dim
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -246,10 +247,13 @@ def _as_node(name: str):
 
 register("sdpa", _sdpa_refuses)
 register("flash_attn", _flash.flash_attn_refuses)
+for _name in _flash.NEWER:
+    register(_name, functools.partial(_flash.newer_refuses, _name))
 register("varlen", _flash.varlen_refuses)
 register("flash_dropout", _flash.flash_dropout_refuses)
 
 _BACKENDS = {
+    **{name: _flash.newer(name) for name in _flash.NEWER},
     "flash_attn": _flash.flash_attn,
     "varlen": _flash.varlen,
     "flash_dropout": _as_node("flash_dropout"),

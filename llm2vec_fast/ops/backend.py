@@ -23,7 +23,10 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "rope_": ("triton", "reference"),
     "swiglu": ("triton", "cuda", "reference"),
     "pool": ("triton", "cuda", "reference"),
-    "attention": ("flash_attn", "varlen", "flash_dropout", "triton", "sdpa", "reference"),
+    "attention": (
+        "flash_attn_4", "flash_attn_3", "flash_attn", "varlen", "flash_dropout", "triton", "sdpa",
+        "reference",
+    ),
     "masked_token_loss": ("triton", "reference"),
     "info_nce": ("triton", "reference"),
     "lora_linear": ("triton", "reference"),
@@ -31,7 +34,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "add_rms_norm_fp8": ("triton", "cuda", "reference"),
     "swiglu_fp8": ("triton", "cuda", "reference"),
     "fp8_linear": ("scaled_mm", "reference"),
-}
+}  # fmt: skip
 FP8_OPS = ("quantize_rows", "add_rms_norm_fp8", "swiglu_fp8", "fp8_linear")
 
 

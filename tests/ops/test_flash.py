@@ -208,3 +208,47 @@ def test_an_older_flash_attn_has_no_pair(flash_attn_package):
     interface, _ = flash_attn_package
     interface._flash_attn_varlen_forward = lambda q, k, v, window_size=(-1, -1): None
     assert not _flash.has_flash_attn_pair()
+
+
+@pytest.mark.parametrize("name, every", [("flash_attn_3", -1), ("flash_attn_4", None)])
+def test_flash_attn_3_and_4(monkeypatch, name, every):
+    module, calls = types.ModuleType("newer"), []
+
+    def varlen(q, k, v, **options):
+        calls.append(options)
+        return (q, None) if name == "flash_attn_3" else q
+
+    module.flash_attn_varlen_func = varlen
+    monkeypatch.setattr(_flash.importlib, "import_module", lambda name: module)
+    _flash._newer_func.cache_clear()
+    q, cu = torch.randn(6, 2, 8), torch.tensor([0, 6], dtype=torch.int32)
+    run = _flash.newer(name)
+    assert run(q, q, q, cu, 6, False, None, 0.5) is q
+    assert run(q, q, q, cu, 6, True, 4, 0.5) is q
+    assert calls[0]["window_size"] == (every, every) and not calls[0]["causal"]
+    assert calls[1]["window_size"] == (3, 0) and calls[1]["causal"]
+    assert calls[1]["max_seqlen_k"] == 6 and calls[1]["softmax_scale"] == 0.5
+    _flash._newer_func.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["flash_attn_3", "flash_attn_4"])
+def test_what_flash_attn_3_and_4_refuse(monkeypatch, name):
+    good = CUDA._replace(forced=True)
+    assert "cannot be imported" in _flash.newer_refuses(name, good)
+    monkeypatch.setattr(_flash.importlib.util, "find_spec", lambda module: object())
+    assert _flash.newer_refuses(name, good) is None
+    for changed, reason in (
+        ({"forced": False}, "measured"),
+        ({"dropout": True}, "dropout"),
+        ({"arch": 80}, "8.0"),
+        ({"device": "cpu"}, "CUDA"),
+        ({"dtype": torch.float32}, "float32"),
+    ):
+        assert reason in _flash.newer_refuses(name, good._replace(**changed))
+
+
+def test_flash_attn_4_alone_is_not_flash_attn_2(monkeypatch):
+    """Its wheel brings flash_attn/cute and no flash_attn/__init__.py."""
+    namespace = types.SimpleNamespace(origin=None)
+    monkeypatch.setattr(_flash.importlib.util, "find_spec", lambda module: namespace)
+    assert "not installed" in _flash.flash_attn_refuses(CUDA)
