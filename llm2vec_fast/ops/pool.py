@@ -46,6 +46,8 @@ def pool(
 def _run(hidden_TD, spans_B2, mode, normalize):
     backend = choose("pool", hidden_TD)
     if backend == "triton":
+        if not torch.is_grad_enabled():  # a node costs microseconds even where nobody needs it
+            return kernels("pool").forward(hidden_TD, spans_B2, mode, normalize)[0]
         return _Pool.apply(hidden_TD, spans_B2, mode, normalize)
     if backend == "cuda":
         from llm2vec_fast.ops import _cuda

@@ -30,6 +30,8 @@ def swiglu(gate_up_T2F: Tensor) -> Tensor:
         raise ValueError(f"swiglu: the last dimension must be even, got {tuple(gate_up_T2F.shape)}")
     backend = choose("swiglu", gate_up_T2F)
     if backend == "triton":
+        if not torch.is_grad_enabled():  # a node costs microseconds even where nobody needs it
+            return kernels("swiglu").forward(gate_up_T2F)
         return _SwiGLU.apply(gate_up_T2F)
     if backend == "cuda":
         from llm2vec_fast.ops import _cuda
