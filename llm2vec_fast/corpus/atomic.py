@@ -11,11 +11,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+# part-x.parquet.<host>-<pid>.partial; the manifest's has its writer's thread too.
+OWNER = re.compile(r"\.(?:parquet|npy|json)\.(?P<host>.+?)(?:-t\d+)?-(?P<pid>\d+)\.partial$")
 STALE = 3600  # seconds after which no living writer can own a temporary file
 
 
 class StoreError(OSError):
-    """A shard that could not be written: disk full, read-only, no directory."""
+    """A file that could not be written: disk full, read-only, no directory."""
 
 
 @contextmanager
@@ -31,7 +33,7 @@ def atomically(path: Path) -> Iterator[BinaryIO]:
         _sync_directory(path.parent)
     except OSError as error:
         told = StoreError(
-            f"shard {path} could not be written: {error.strerror or error}. Finished shards are "
+            f"{path} could not be written: {error.strerror or error}. Finished shards are "
             "safe: once there is room and the directory can be written, the same command goes on."
         )
         told.errno = error.errno
@@ -47,8 +49,9 @@ def clean_partials(directory: Path) -> list[Path]:
     A writer on another machine cannot be asked, so its files count as left behind after an hour.
     """
     removed = []
-    for path in sorted(directory.glob("part-*.partial")):
-        owner = re.search(r"\.(?:parquet|npy)\.(?P<host>.+)-(?P<pid>\d+)\.partial$", path.name)
+    kinds = ("part-*", "manifest.json.*", "summary-*")
+    for path in sorted(p for kind in kinds for p in directory.glob(f"{kind}.partial")):
+        owner = OWNER.search(path.name)
         here = owner is not None and owner["host"] == (platform.node() or "host")
         with suppress(FileNotFoundError):  # its writer has just finished
             old = time.time() - path.stat().st_mtime > STALE

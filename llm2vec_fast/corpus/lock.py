@@ -15,6 +15,7 @@ import os
 import socket
 import threading
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 try:
@@ -75,8 +76,9 @@ class Locks:
                 break
             os.close(handle)
         if locked:
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            with suppress(OSError):  # a full disk: the lock holds without a name in it
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
         with self.mutex:
             if self.closed:
                 os.close(handle)

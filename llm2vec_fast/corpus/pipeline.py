@@ -52,12 +52,22 @@ class Pipeline:
         self.slots = threading.Semaphore(alive)
         self.ready: SimpleQueue = SimpleQueue()
         self.made: SimpleQueue = SimpleQueue()
+        self.unstored = 0  # items that are computed
+        self.stored = threading.Condition()
         self.error: BaseException | None = None
 
     def check(self) -> None:
         """To be called within long stages: raises Stopped when the run is over."""
         if self.stop.is_set():
             raise Stopped
+
+    def settle(self) -> None:
+        """To be called within `compute`: waits until everything computed before is stored. So no
+        more than one computed item is lost by a kill.
+        """
+        with self.stored:
+            self.stored.wait_for(lambda: not self.unstored or self.stop.is_set())
+        self.check()
 
     def run(
         self,
@@ -81,6 +91,8 @@ class Pipeline:
                 if item is END or self.stop.is_set():
                     break
                 self.made.put(compute(item))
+                with self.stored:
+                    self.unstored += 1
                 del item  # or the last job would live while the next one is waited for
         except Stopped:
             pass
@@ -119,6 +131,9 @@ class Pipeline:
                 store(item)
                 del item
                 self.slots.release()
+                with self.stored:
+                    self.unstored -= 1
+                    self.stored.notify_all()
         except BaseException as error:
             self._fail(error)
 
@@ -126,3 +141,5 @@ class Pipeline:
         self.error = self.error or error
         self.stop.set()
         self.ready.put(END)
+        with self.stored:
+            self.stored.notify_all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -166,11 +167,16 @@ def _create(output: Path, manifest: dict[str, Any]) -> bool:
 
 def _write(output: Path, manifest: dict[str, Any]) -> Path:
     """The manifest on disk, under a name that nobody else uses."""
-    partial = output / f"{MANIFEST}.{os.getpid()}-{threading.get_ident()}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    owner = f"{platform.node() or 'host'}-t{threading.get_ident()}-{os.getpid()}"
+    partial = output / f"{MANIFEST}.{owner}.partial"  # as atomic.clean_partials expects it
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # of a full disk it does not name the file
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(output / MANIFEST)) from error
     return partial
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
+from llm2vec_fast.corpus.atomic import atomically, clean_partials
 from llm2vec_fast.corpus.ids import UniqueIds
 from llm2vec_fast.corpus.lock import Locks
 from llm2vec_fast.corpus.pipeline import Clock, Pipeline
 from llm2vec_fast.corpus.plan import STDIN, fingerprint_of, in_order, settle_manifest
 from llm2vec_fast.corpus.progress import Progress
 from llm2vec_fast.corpus.read import Columns, Source, open_sources, size_of
-from llm2vec_fast.corpus.store import clean_partials
 from llm2vec_fast.corpus.walk import Rank, Walk
 from llm2vec_fast.corpus.worker import (
     ROWS_PER_SHARD,
@@ -214,7 +214,8 @@ def _start(
             "standard input cannot be resumed or appended to unless the same bytes come again"
         )
     path = output / f"summary-{rank.rank:05d}.json"
-    path.write_text(summary.as_json() + "\n", encoding="utf-8")
+    with atomically(path) as file:
+        file.write((summary.as_json() + "\n").encode())
     return summary
 
 
@@ -232,13 +233,10 @@ def _run(walk: Walk, model: LLM2Vec) -> Summary:
             yield work
             del work
 
-    def count(documents: int, tokens: int) -> None:
-        line.check()
-        progress.update(documents, tokens)
-
     def forward(work: Work) -> Work:
+        budget = options.tokens_per_batch or model.tokens_per_batch
         with clock.measure("forward"), _named(work):
-            return compute(work, model, options, count)
+            return compute(work, model, options, _counter(work, budget, line, progress))
 
     def finish(work: Work) -> None:
         with clock.measure("write"), _named(work):
@@ -256,6 +254,23 @@ def _run(walk: Walk, model: LLM2Vec) -> Summary:
     shards = [*walk.output.glob("part-*.parquet"), *walk.output.glob("part-*.npy")]
     summary.bytes = sum(path.stat().st_size for path in shards)
     return summary
+
+
+def _counter(work: Work, budget: int, line: Pipeline, progress: Progress):
+    """Counts the batches of a job. Before the last one the job before must be stored: so a kill
+    costs one computed job at most, and writing still goes on beside the forward pass.
+    """
+    left = sum(map(len, work.tokens))
+
+    def count(documents: int, tokens: int) -> None:
+        nonlocal left
+        line.check()
+        progress.update(documents, tokens)
+        left -= tokens
+        if left <= budget:
+            line.settle()
+
+    return count
 
 
 @contextmanager
