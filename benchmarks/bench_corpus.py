@@ -181,7 +181,8 @@ def main() -> None:
     args = parser.parse_args()
     rows = {"real": real, "long": long}[args.what](args)
     if args.write:
-        print(write_rows(f"bench_corpus-{args.what}-cpu", rows))
+        of = f"{args.what}-{args.text.stem}" if args.text else args.what
+        print(write_rows(f"bench_corpus-{of}-cpu", rows))
 
 
 if __name__ == "__main__":
