@@ -55,6 +55,7 @@ class Call(NamedTuple):
 Refusal = Callable[[Call], str | None]
 _forced: dict[str, str] = {}
 _chosen: dict[tuple, str] = {}
+_caches: dict[tuple, dict[tuple, str]] = {(): _chosen}  # what was chosen, by what was forced then
 _arch_of_device: dict[int, int] = {}
 _meta_arch = 90
 
@@ -62,6 +63,7 @@ _meta_arch = 90
 def register(name: str, refuses: Refusal) -> None:
     """Adds a backend: `refuses(call)` gives the reason why it cannot run, or None if it can."""
     _REFUSALS[name] = refuses
+    _forget()
 
 
 def arch_of(device: torch.device) -> int:
@@ -81,7 +83,7 @@ def set_meta_arch(arch: int) -> int:
     """Sets which GPU meta tensors stand for (90 for 9.0); returns what was set before."""
     global _meta_arch
     before, _meta_arch = _meta_arch, arch
-    _chosen.clear()
+    _forget()
     return before
 
 
@@ -207,6 +209,13 @@ class use:
 
 
 def _install(forced: dict[str, str]) -> None:
+    global _chosen
     _forced.clear()
     _forced.update(forced)
-    _chosen.clear()
+    # Not cleared: a loop that forces a backend again and again decides but once.
+    _chosen = _caches.setdefault(tuple(sorted(forced.items())), {})
+
+
+def _forget() -> None:
+    for cache in _caches.values():
+        cache.clear()

@@ -69,6 +69,19 @@ def test_use_as_a_context_manager_ends_with_the_block():
     assert backend.choose("one", X) == "no_grad"
 
 
+def test_forcing_again_decides_but_once(made_up, monkeypatch):
+    asked = []
+    backend.register("half", lambda call: asked.append(call))
+    for _ in range(3):
+        with ops.use("half", "two"):
+            assert backend.choose("two", X) == "half"
+        assert backend.choose("one", X.half()) == "half"
+    assert [call.forced for call in asked] == [True, False]
+    backend.register("half", lambda call: "no longer")
+    with ops.use("half", "two"), pytest.raises(RuntimeError, match="no longer"):
+        backend.choose("two", X)
+
+
 def test_use_as_a_call_holds_until_none():
     ops.use("reference", "one")
     assert backend.choose("one", X) == "reference"
