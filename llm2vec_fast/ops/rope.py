@@ -31,7 +31,7 @@ def rope_(
                   that requires a gradient
     source:       Su et al. 2021, arXiv:2104.09864; halves rotate as in Hugging Face's rotate_half
     """
-    _check(qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads)
+    check("rope_", qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads)
     if choose("rope_", qkv_TS, head_dim=2 * cos_PE.shape[1]) != "triton":
         return rope_ref_(qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads)
     arguments = (qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads)
@@ -44,24 +44,26 @@ def rope_(
     return qkv_TS
 
 
-def _check(qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads) -> None:
+def check(op, qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads) -> None:
+    """Raises the ValueErrors of `rope_` in the name of `op`."""
     heads = n_heads + 2 * n_kv_heads
     if cos_PE.dim() != 2 or cos_PE.shape != sin_PE.shape:
         raise ValueError(
-            f"rope_: cos {tuple(cos_PE.shape)} and sin {tuple(sin_PE.shape)} must both be (P, E)"
+            f"{op}: cos {tuple(cos_PE.shape)} and sin {tuple(sin_PE.shape)} must both be (P, E)"
         )
     if qkv_TS.dim() != 2 or qkv_TS.shape[1] != heads * 2 * cos_PE.shape[1]:
         raise ValueError(
-            f"rope_: qkv is {tuple(qkv_TS.shape)}, but {heads} heads of dimension "
-            f"{2 * cos_PE.shape[1]} need (T, {heads * 2 * cos_PE.shape[1]})"
+            f"{op}: qkv is {tuple(qkv_TS.shape)}, but {n_heads} query heads and 2 x {n_kv_heads} "
+            f"kv heads, {heads} heads of dimension {2 * cos_PE.shape[1]}, need "
+            f"(T, {heads * 2 * cos_PE.shape[1]})"
         )
     if positions_T.shape != qkv_TS.shape[:1]:
         raise ValueError(
-            f"rope_: positions {tuple(positions_T.shape)} for qkv {tuple(qkv_TS.shape)}"
+            f"{op}: positions {tuple(positions_T.shape)} for qkv {tuple(qkv_TS.shape)}"
         )
     if positions_T.dtype not in (torch.int32, torch.int64) or not qkv_TS.is_floating_point():
         raise ValueError(
-            f"rope_: positions are {positions_T.dtype}, qkv is {qkv_TS.dtype}; "
+            f"{op}: positions are {positions_T.dtype}, qkv is {qkv_TS.dtype}; "
             "they must be int32 or int64, and floating"
         )
 

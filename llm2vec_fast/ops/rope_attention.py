@@ -14,6 +14,7 @@ from torch import Tensor
 from llm2vec_fast.ops import _flash
 from llm2vec_fast.ops.attention import PAIRS, as_read_by, attention, check, dropout_seed
 from llm2vec_fast.ops.backend import choose, kernels
+from llm2vec_fast.ops.rope import check as check_rope
 from llm2vec_fast.ops.rope import rope_, rope_ref_
 
 
@@ -41,7 +42,7 @@ def rope_attention(
     raises:   ValueError if shapes, dtypes or numbers do not fit
     The other arguments are those of `rope_` and `attention`.
     """
-    _check_rope(qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads)
+    check_rope("rope_attention", qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads)
     if dropout_p:
         seed = dropout_seed(seed)
     H = 2 * cos_PE.shape[-1]
@@ -112,17 +113,3 @@ def _rotate_(qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads, inverse):
     else:
         sin_PE = -sin_PE if inverse else sin_PE
         rope_ref_(qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads)
-
-
-def _check_rope(qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads):
-    size = 2 * cos_PE.shape[-1] * (n_heads + 2 * n_kv_heads)
-    if qkv_TS.dim() != 2 or qkv_TS.shape[1] != size:
-        raise ValueError(
-            f"rope_attention: qkv is {tuple(qkv_TS.shape)}, but {n_heads} query heads, "
-            f"{n_kv_heads} kv heads and tables of {tuple(cos_PE.shape)} need (T, {size})"
-        )
-    if positions_T.shape != qkv_TS.shape[:1] or cos_PE.shape != sin_PE.shape:
-        raise ValueError(
-            f"rope_attention: positions {tuple(positions_T.shape)} for qkv {tuple(qkv_TS.shape)}, "
-            f"cos {tuple(cos_PE.shape)}, sin {tuple(sin_PE.shape)}"
-        )

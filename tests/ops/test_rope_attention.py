@@ -234,6 +234,8 @@ def test_wrong_shapes_and_leaves_are_named():
         rope_attention(qkv, POSITIONS, cos, sin, CU, 18, 5, K)
     with pytest.raises(ValueError, match=r"positions \(26,\)"):
         rope_attention(qkv, POSITIONS[1:], cos, sin, CU, 18, N, K)
+    with pytest.raises(ValueError, match=r"rope_attention: positions are torch.float32"):
+        rope_attention(qkv, POSITIONS.float(), cos, sin, CU, 18, N, K)
     with pytest.raises(ValueError, match="window"):
         rope_attention(qkv, POSITIONS, cos, sin, CU, 18, N, K, window=0)
 
