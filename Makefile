@@ -26,6 +26,7 @@ test-twin: .venv-twin/.stamp
 .venv-twin/.stamp: constraints-twin.txt pyproject.toml setup.py
 	$(TWIN_PYTHON) -m venv .venv-twin
 	.venv-twin/bin/pip install -q -c constraints-twin.txt torch "setuptools>=77"
+	.venv-twin/bin/pip install -q -c constraints-twin.txt 'seqeval>=1.2'
 	.venv-twin/bin/pip install -q -c constraints-twin.txt --no-build-isolation -e '.[demo,dev]'
 	touch $@
 
@@ -50,6 +51,7 @@ $(STAMP)/torch: constraints.txt $(STAMP)/venv
 	touch $@
 
 $(STAMP)/project: pyproject.toml setup.py $(wildcard csrc/*) $(STAMP)/torch
+	$(PIP) install -q $(PINS) seqeval  # a source package that asks for an isolated build
 	$(PIP) install -q $(PINS) --no-build-isolation -e '.[demo,dev]'
 	touch $@
 

@@ -5,7 +5,8 @@
 Each bench_<op>.py that has `cases(device)` runs in a process of its own: an illegal memory access
 ends one operation's measurement, not all. What is there is written to DIR/kernels-<device>.json
 after every operation, so that a cut run keeps what it has. The time that is left is shared evenly
-among the operations that are left.
+among the operations that are left; on a GPU whole training steps (bench_train) follow, with a
+larger share.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from benchmarks.measure import RESULTS, write_rows
 FOLDER = Path(__file__).parent
 # What decides most about speed is measured first; whatever is not named here follows.
 FIRST = ("forward", "attention", "masked_token_loss", "add_rms_norm", "swiglu", "rope", "pool")
+LAST = {"train": 4}  # on a GPU, after the operations: whole steps, with so many shares of the time
 GRACE = 45.0  # seconds: imports and the first compilations, before a process is ended by force
 
 
-def names(asked: list[str]) -> list[str]:
-    """Operations to measure, the most important ones first.
+def names(asked: list[str], device: str) -> list[str]:
+    """Operations to measure, the most important ones first; on a GPU then what is in LAST.
 
     raises: SystemExit if an operation is asked for that has no bench_<op>.py with cases
     """
@@ -37,9 +39,11 @@ def names(asked: list[str]) -> list[str]:
     for path in FOLDER.glob("bench_*.py"):
         if "def cases(" in path.read_text(encoding="utf-8"):
             found.append(path.stem.removeprefix("bench_"))
+    if device.startswith("cuda"):
+        found += LAST
     if unknown := set(asked) - set(found):
         raise SystemExit(f"no cases for {', '.join(sorted(unknown))}; there are {sorted(found)}")
-    rank = {name: n for n, name in enumerate(FIRST)}
+    rank = {name: n for n, name in enumerate(FIRST)} | dict.fromkeys(LAST, len(FIRST) + 1)
     return sorted(asked or found, key=lambda name: (rank.get(name, len(FIRST)), name))
 
 
@@ -72,11 +76,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     chosen = parser.parse_args()
     until = time.perf_counter() + 60 * chosen.minutes
-    todo, rows = names(chosen.ops), []
+    todo, rows = names(chosen.ops, chosen.device), []
     for n, name in enumerate(todo):
         # A process overruns its share by its imports; that is taken off beforehand.
         left = until - time.perf_counter()
-        share = left / (len(todo) - n) - 10
+        shares = [LAST.get(other, 1) for other in todo[n:]]
+        share = left * shares[0] / sum(shares) - 10
         if share < 2:
             rows.append({"op": name, "failed": "not measured: the time was up"})
             continue

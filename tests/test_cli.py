@@ -194,3 +194,47 @@ def test_doctor_tells_machine_versions_and_backends(directory):
     assert done.returncode == 0, done.stderr
     for word in ("torch", "triton", "nvcc", "attention", "sdpa", "needs a CUDA device", "template"):
         assert word in done.stdout
+
+
+def test_eval_sts_compares_models(directory, tmp_path):
+    source, out = tmp_path / "pairs.csv", tmp_path / "out.json"
+    source.write_text("a list,a list,5\na list,an error,0\na key,keys,3\n")
+    done = run(
+        "eval", "sts", str(source), "--output", str(out), "--model", f"{directory},label=first",
+        "--model", f"base={directory}, causal=true, standardize=true, label=second",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "first" in done.stdout and "second" in done.stdout and "spearman" in done.stdout
+    saved = json.loads(out.read_text())
+    assert [row["label"] for row in saved["rows"]] == ["first", "second"]
+    assert saved["machine"]["torch"] and saved["data"]["files"][0]["file"] == "pairs.csv"
+
+
+def test_eval_word(directory, tmp_path):
+    source, out = tmp_path / "train.txt", tmp_path / "out.json"
+    source.write_text("a DT B-NP\nlist NN I-NP\n. . O\n\n" * 10)
+    word = ("eval", "word", "--train", str(source), "--model", str(directory), "--steps", "20")
+    done = run(*word, "--task", "chunk", "--test-share", "0.2", "--output", str(out))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(out.read_text())["rows"][0]["figures"]
+    assert (figures["sentences"], figures["train_sentences"]) == (2, 8) and "f1" in figures
+    done = run(*word, "--task", "pos", "--test", str(source), "--test-sentences", "3")
+    assert done.returncode == 0 and "words 9, sentences 3" in done.stdout, done.stderr
+    done = run(*word, "--task", "pos")
+    assert done.returncode == 1 and "give either --test FILE or --test-share" in done.stderr
+
+
+def test_eval_retrieval(directory, tmp_path):
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "d", "text": "a list"}\n')
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "a list"}\n')
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td\t1\n")
+    done = run("eval", "retrieval", str(tmp_path), "--model", str(directory), "--recall-at", "3")
+    assert done.returncode == 0, done.stderr
+    assert "ndcg@10" in done.stdout and "recall@3" in done.stdout and "100.00" in done.stdout
+
+
+def test_eval_names_an_unknown_field(directory, tmp_path):
+    done = run("eval", "sts", "none.csv", "--model", f"{directory},casual=true")
+    assert done.returncode == 1 and "did you mean 'causal'" in done.stderr
+    assert "Traceback" not in done.stderr

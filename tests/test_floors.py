@@ -21,10 +21,12 @@ FLOORS = {
     "settings": 4,
     "encoder": 5,
     "corpus": 6,
-    "show": 7,
-    "doctor": 7,
-    "demo": 8,
-    "cli": 9,
+    "train": 7,
+    "evaluate": 7,
+    "show": 8,
+    "doctor": 8,
+    "demo": 9,
+    "cli": 10,
 }
 
 

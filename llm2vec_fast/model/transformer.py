@@ -6,16 +6,41 @@ T tokens, B texts, D model, N query heads, K kv heads, H head dim, F feed-forwar
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llm2vec_fast import ops
 from llm2vec_fast.batch import PackedBatch
 from llm2vec_fast.model.config import ModelConfig, Rope
+from llm2vec_fast.ops.lora_linear import Segment
 
 Tables = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """Dropout of one training pass. Equal values drop the same elements, so that a pass can be
+    computed again (recompute, GradCache) and no mask is ever stored.
+    """
+
+    attention: float = 0.0  # of the attention weights
+    lora: float = 0.0  # of the adapters' inputs
+    seed: int = 0
+
+    def within(self, place: int) -> Dropout:
+        """The same for one part of the model: parts with different numbers drop independently."""
+        if not (self.attention or self.lora):
+            return self
+        mixed = (self.seed ^ (place + 1) * 0x9E3779B97F4A7C15) * 0xD6E8FEB86659FD93
+        return replace(self, seed=(mixed ^ mixed >> 32) & (1 << 62) - 1)
+
+
+NO_DROPOUT = Dropout()
 
 
 class Norm(nn.Module):
@@ -30,16 +55,33 @@ class Norm(nn.Module):
         return ops.add_rms_norm(x_TD, residual_TD, self.weight, self.eps)
 
 
+class Lora(nn.Module):
+    """Low-rank updates in training, stacked: one for each part of a fused projection."""
+
+    def __init__(self, a_RD: Tensor, b_OR: Tensor, segments: Sequence[Segment]):
+        super().__init__()
+        self.a, self.b, self.segments = nn.Parameter(a_RD), nn.Parameter(b_OR), tuple(segments)
+
+
 class Linear(nn.Module):
-    """nn.Linear without its random initialisation: the weights come from a file."""
+    """nn.Linear without its random initialisation: the weights come from a file.
+
+    lora: None, or adapters in training beside the frozen weight
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.lora: Lora | None = None
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD, self.weight, self.bias)
+    def forward(self, x_TD: Tensor, drop: Dropout = NO_DROPOUT) -> Tensor:
+        if self.lora is None:
+            return F.linear(x_TD, self.weight, self.bias)
+        return ops.lora_linear(
+            x_TD, self.weight, self.bias, self.lora.a, self.lora.b, self.lora.segments,
+            dropout_p=drop.lora, seed=drop.seed,
+        )  # fmt: skip
 
 
 class Embedding(nn.Module):
@@ -66,8 +108,10 @@ class Attention(nn.Module):
         self.q_norm = Norm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = Norm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x_TD: Tensor, batch: PackedBatch, rope: Tables) -> Tensor:
-        qkv_TS = self.qkv(x_TD)
+    def forward(
+        self, x_TD: Tensor, batch: PackedBatch, rope: Tables, drop: Dropout = NO_DROPOUT
+    ) -> Tensor:
+        qkv_TS = self.qkv(x_TD, drop.within(0))
         if self.q_norm is not None and self.k_norm is not None:
             q_TNH, k_TKH, v_TKH = ops.split_heads(qkv_TS, self.n_heads, self.n_kv_heads)
             q_TNH, k_TKH = self.q_norm(q_TNH, None)[0], self.k_norm(k_TKH, None)[0]
@@ -75,8 +119,9 @@ class Attention(nn.Module):
         o_TNH = ops.rope_attention(
             qkv_TS, batch.positions, *rope, batch.cu_seqlens, batch.max_seqlen,
             self.n_heads, self.n_kv_heads, causal=self.causal, window=self.window,
+            dropout_p=drop.attention, seed=drop.within(1).seed,
         )  # fmt: skip
-        return self.o(o_TNH.flatten(1))
+        return self.o(o_TNH.flatten(1), drop.within(2))
 
 
 class MLP(nn.Module):
@@ -86,8 +131,14 @@ class MLP(nn.Module):
         self.gate_up = Linear(D, 2 * width, config.mlp_bias)
         self.down = Linear(width, D, config.mlp_bias)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return ops.swiglu_linear(self.gate_up(x_TD), self.down.weight, self.down.bias)
+    def forward(self, x_TD: Tensor, drop: Dropout = NO_DROPOUT) -> Tensor:
+        gate_up_T2F, down = self.gate_up(x_TD, drop.within(3)), self.down
+        if down.lora is None:
+            return ops.swiglu_linear(gate_up_T2F, down.weight, down.bias)
+        return ops.swiglu_linear(
+            gate_up_T2F, down.weight, down.bias, down.lora.a, down.lora.b, down.lora.segments,
+            dropout_p=drop.lora, seed=drop.within(4).seed,
+        )  # fmt: skip
 
 
 class Block(nn.Module):
@@ -100,11 +151,18 @@ class Block(nn.Module):
         self.mlp_norm = Norm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_TD: Tensor, residual_TD: Tensor | None, batch: PackedBatch, rope: Tables):
+    def forward(
+        self,
+        x_TD: Tensor,
+        residual_TD: Tensor | None,
+        batch: PackedBatch,
+        rope: Tables,
+        drop: Dropout = NO_DROPOUT,
+    ) -> tuple[Tensor, Tensor]:
         x_TD, residual_TD = self.attn_norm(x_TD, residual_TD)
-        x_TD = self.attn(x_TD, batch, rope)
+        x_TD = self.attn(x_TD, batch, rope, drop)
         x_TD, residual_TD = self.mlp_norm(x_TD, residual_TD)
-        return self.mlp(x_TD), residual_TD
+        return self.mlp(x_TD, drop), residual_TD
 
 
 class Transformer(nn.Module):
@@ -118,12 +176,25 @@ class Transformer(nn.Module):
         self.norm = Norm(config.hidden_size, config.norm_eps)
         self._rope: Tables | None = None
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """(T, D) hidden states of a packed batch, in the weights' dtype."""
+    def forward(
+        self, batch: PackedBatch, drop: Dropout = NO_DROPOUT, recompute: bool = False
+    ) -> Tensor:
+        """(T, D) hidden states of a packed batch, in the weights' dtype.
+
+        recompute: keep one tensor per layer and compute the layers again in the backward pass
+        """
         rope = self.rope_tables(batch.max_seqlen, batch.ids.device)
         x_TD, residual_TD = self.embed(batch.ids), None
-        for layer in self.layers:
-            x_TD, residual_TD = layer(x_TD, residual_TD, batch, rope)
+        for number, layer in enumerate(self.layers):
+            rest = (batch, rope, drop.within(number))
+            if recompute:
+                # Their sum is all that the layer needs of the pair: half of what would be kept.
+                x_TD = x_TD if residual_TD is None else x_TD + residual_TD
+                x_TD, residual_TD = checkpoint(
+                    layer, x_TD, None, *rest, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_TD, residual_TD = layer(x_TD, residual_TD, *rest)
         return self.norm(x_TD, residual_TD)[0]
 
     def rope_tables(self, length: int, device: torch.device) -> Tables:

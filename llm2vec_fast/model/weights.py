@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,6 +125,32 @@ def load(
         reader.read_into(rows_of(parameters[slot.parameter], slot, config), source)
     reader.refuse_non_finite()
     return model
+
+
+def head_of(directory: Path, model: Transformer) -> Callable[[], Tensor]:
+    """A function that gives the language-model head (V, D): the embedding as it then is where they
+    are tied, else what the files have, in the dtype of `model`'s weights and frozen.
+
+    raises: WeightsError if the model has a head of its own and the directory does not hold it
+    """
+    if model.config.tied_embeddings:
+        return lambda: model.embed.weight
+    found = open_checkpoint(directory).get("lm_head.weight")
+    if found is None:
+        raise WeightsError(
+            f"{directory} has no lm_head.weight, and config.json does not tie the head to the "
+            "embedding: masked next token prediction needs the checkpoint of a causal LM"
+        )
+    if found.shape != tuple(model.embed.weight.shape):
+        raise WeightsError(
+            f"{found.path}: 'lm_head.weight' has shape {found.shape}, "
+            f"config.json asks for {tuple(model.embed.weight.shape)}"
+        )
+    like, reader = model.embed.weight, Reader()  # not empty_like: the embedding may be sharded
+    head_VD = torch.empty(found.shape, dtype=like.dtype, device=like.device)
+    reader.read_into(head_VD, found)
+    reader.refuse_non_finite()
+    return lambda: head_VD
 
 
 def unfused(model: Transformer) -> Iterator[tuple[str, Tensor]]:

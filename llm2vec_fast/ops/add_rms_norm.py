@@ -41,8 +41,8 @@ def add_rms_norm(
             f"x is {tuple(x_TD.shape)} {x_TD.dtype}; they must be alike"
         )
     backend = choose("add_rms_norm", x_TD, residual_TD, weight_D)
-    if backend == "triton":
-        return _triton(x_TD, residual_TD, weight_D, eps)
+    if backend in ("triton", "eager"):
+        return _node(x_TD, residual_TD, weight_D, eps, kernels("add_rms_norm", backend))
     if backend == "cuda":
         from llm2vec_fast.ops import _cuda
 
@@ -50,58 +50,58 @@ def add_rms_norm(
     return add_rms_norm_ref(x_TD, residual_TD, weight_D, eps)
 
 
-def _triton(x_TD, residual_TD, weight_D, eps):
+def _node(x_TD, residual_TD, weight_D, eps, run):
     saves = torch.is_grad_enabled() and (
         x_TD.requires_grad
         or weight_D.requires_grad
         or (residual_TD is not None and residual_TD.requires_grad)
     )
     if not saves:
-        y_TD, r_TD, _ = kernels("add_rms_norm").forward(x_TD, residual_TD, weight_D, eps, False)
+        y_TD, r_TD, _ = run.forward(x_TD, residual_TD, weight_D, eps, False)
     elif residual_TD is None:
         # x is not passed through the node: autograd adds what comes back through r by itself.
-        y_TD, r_TD = _RMSNorm.apply(x_TD, weight_D, eps), None
+        y_TD, r_TD = _RMSNorm.apply(x_TD, weight_D, eps, run), None
     else:
-        y_TD, r_TD = _AddRMSNorm.apply(x_TD, residual_TD, weight_D, eps)
+        y_TD, r_TD = _AddRMSNorm.apply(x_TD, residual_TD, weight_D, eps, run)
     return y_TD, x_TD if r_TD is None else r_TD
 
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, residual_TD, weight_D, eps):
+    def forward(ctx, x_TD, residual_TD, weight_D, eps, run):
         ctx.set_materialize_grads(False)
-        y_TD, r_TD, rstd = kernels("add_rms_norm").forward(x_TD, residual_TD, weight_D, eps, True)
+        y_TD, r_TD, rstd = run.forward(x_TD, residual_TD, weight_D, eps, True)
         ctx.save_for_backward(r_TD, weight_D, rstd)
+        ctx.run = run
         return y_TD, r_TD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy_TD, dr_TD):
-        wants_x, wants_residual, wants_weight, _ = ctx.needs_input_grad
+        wants_x, wants_residual, wants_weight = ctx.needs_input_grad[:3]
         if dy_TD is None:  # only the residual stream went on
             dx_TD, dweight_D = dr_TD, None
         else:
-            dx_TD, dweight_D = kernels("add_rms_norm").backward(
+            dx_TD, dweight_D = ctx.run.backward(
                 dy_TD, dr_TD, *ctx.saved_tensors, wants_x or wants_residual, wants_weight
             )
-        return dx_TD if wants_x else None, dx_TD if wants_residual else None, dweight_D, None
+        return dx_TD if wants_x else None, dx_TD if wants_residual else None, dweight_D, None, None
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, weight_D, eps):
-        y_TD, _, rstd = kernels("add_rms_norm").forward(x_TD, None, weight_D, eps, True)
+    def forward(ctx, x_TD, weight_D, eps, run):
+        y_TD, _, rstd = run.forward(x_TD, None, weight_D, eps, True)
         ctx.save_for_backward(x_TD, weight_D, rstd)
+        ctx.run = run
         return y_TD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy_TD):
-        wants_x, wants_weight, _ = ctx.needs_input_grad
-        dx_TD, dweight_D = kernels("add_rms_norm").backward(
-            dy_TD, None, *ctx.saved_tensors, wants_x, wants_weight
-        )
-        return dx_TD, dweight_D, None
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        dx_TD, dweight_D = ctx.run.backward(dy_TD, None, *ctx.saved_tensors, wants_x, wants_weight)
+        return dx_TD, dweight_D, None, None
 
 
 def add_rms_norm_ref(x_TD, residual_TD, weight_D, eps):

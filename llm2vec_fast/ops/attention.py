@@ -198,9 +198,18 @@ def _triton_backward(
     return dq, dk, dv
 
 
+def _eager_forward(*arguments):
+    return kernels("attention", "eager").forward(*arguments)
+
+
+def _eager_backward(*arguments, into=None):
+    return kernels("attention", "eager").backward(*arguments, into=into)
+
+
 # (forward, backward) of backends that an autograd node can be built from; see _flash.py.
 PAIRS = {
     "triton": (_triton_forward, _triton_backward),
+    "eager": (_eager_forward, _eager_backward),
     "varlen": (_flash.aten_forward, _flash.aten_backward),
     "flash_dropout": (_flash.aten_forward, _flash.aten_backward),
     "flash_attn": (_flash.flash_attn_forward, _flash.flash_attn_backward),
@@ -225,9 +234,11 @@ class _Attention(torch.autograd.Function):
 
 
 def as_read_by(name: str, x: Tensor) -> Tensor:
-    """x itself, or a copy if a backend of `PAIRS` cannot read it as it lies. All of them step
+    """x itself, or a copy if a backend of `PAIRS` cannot read it as it lies. All kernels step
     through rows and heads by their strides, but not through columns.
     """
+    if name == "eager":
+        return x
     if name != "triton":
         return _flash.readable(x)
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -258,6 +269,7 @@ _BACKENDS = {
     "varlen": _flash.varlen,
     "flash_dropout": _as_node("flash_dropout"),
     "triton": _as_node("triton"),
+    "eager": _as_node("eager"),
     "sdpa": _sdpa,
     "reference": _reference,
 }

@@ -19,17 +19,17 @@ import torch
 
 # A backend that no GPU has measured yet stands after one that a GPU has (benchmarks/results).
 PREFERENCE: dict[str, tuple[str, ...]] = {
-    "add_rms_norm": ("triton", "cuda", "reference"),
-    "rope_": ("triton", "reference"),
-    "swiglu": ("triton", "cuda", "reference"),
+    "add_rms_norm": ("triton", "cuda", "eager", "reference"),
+    "rope_": ("triton", "eager", "reference"),
+    "swiglu": ("triton", "cuda", "eager", "reference"),
     "pool": ("triton", "cuda", "reference"),
     "attention": (
-        "flash_attn_4", "flash_attn_3", "flash_attn", "varlen", "flash_dropout", "triton", "sdpa",
-        "reference",
+        "flash_attn_4", "flash_attn_3", "flash_attn", "varlen", "flash_dropout", "triton", "eager",
+        "sdpa", "reference",
     ),
-    "masked_token_loss": ("triton", "reference"),
+    "masked_token_loss": ("triton", "eager", "reference"),
     "info_nce": ("triton", "reference"),
-    "lora_linear": ("triton", "reference"),
+    "lora_linear": ("triton", "eager", "reference"),
     "quantize_rows": ("triton", "reference"),
     "add_rms_norm_fp8": ("triton", "cuda", "reference"),
     "swiglu_fp8": ("triton", "cuda", "reference"),
@@ -115,9 +115,12 @@ def choose(
 
 
 @functools.cache
-def kernels(op: str) -> ModuleType:
-    """The module of an operation's Triton kernels, imported at first use."""
-    return importlib.import_module(f"llm2vec_fast.ops.kernels.{op.rstrip('_')}")
+def kernels(op: str, backend: str = "triton") -> ModuleType:
+    """The module of an operation's Triton kernels, imported at first use; or of what stands for
+    them under the same names, plain torch for the CPU, if the backend is "eager".
+    """
+    package = "eager" if backend == "eager" else "kernels"
+    return importlib.import_module(f"llm2vec_fast.ops.{package}.{op.rstrip('_')}")
 
 
 def _triton_refuses(call: Call) -> str | None:
@@ -140,6 +143,16 @@ def _triton_refuses(call: Call) -> str | None:
     return None
 
 
+def _eager_refuses(call: Call) -> str | None:
+    if call.device != "cpu":
+        return "plain torch arranged for the CPU's caches"
+    if call.dtype not in (torch.bfloat16, torch.float32):
+        return f"computes in bf16 and fp32, not {call.dtype}"
+    if call.op == "attention" and not (call.needs_grad or call.dropout or call.forced):
+        return "torch's own kernel is as fast where no gradient is wanted"
+    return None
+
+
 def _cuda_refuses(call: Call) -> str | None:
     from llm2vec_fast.ops import _cuda  # below this module in import order, so asked for late
 
@@ -149,6 +162,7 @@ def _cuda_refuses(call: Call) -> str | None:
 _REFUSALS: dict[str, Refusal] = {
     "reference": lambda call: None,
     "triton": _triton_refuses,
+    "eager": _eager_refuses,
     "cuda": _cuda_refuses,
 }
 

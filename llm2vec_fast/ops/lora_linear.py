@@ -45,6 +45,15 @@ class Drop(NamedTuple):
 
     p: float
     seed: int
+    backend: str = "triton"
+    masks: Tensor | None = None  # what the backend keeps of them; None if it makes them on the fly
+
+
+def with_masks(drop: Drop | None, x_TD: Tensor, plan: Plan) -> Drop | None:
+    if drop is None:
+        return None
+    masks = kernels("lora_linear", drop.backend).masks(x_TD, plan.ranks, drop)
+    return drop._replace(masks=masks)
 
 
 def lora_linear(
@@ -61,8 +70,8 @@ def lora_linear(
     segments:   (out0, out1, r0, r1, scale) of each adapter; ranks may not be shared. Without any,
                 or without a and b, this is a plain linear layer
     dropout_p:  probability that the input of an adapter loses an element, drawn for each segment on
-                its own from (seed, segment, row, column): equal on every device, and replayed, not
-                stored, in the backward pass
+                its own from (seed, segment, row, column): equal on every device. A GPU replays
+                them in the backward pass, a CPU keeps one bit an element
     seed:       any integer; None draws one from torch's generator of the CPU
     returns:    (T, O) in the dtype of x
     raises:     ValueError on wrong shapes, dtypes, segments or probabilities, and if the weight
@@ -77,8 +86,9 @@ def lora_linear(
     plan = check("lora_linear", x_TD, weight_OD, bias_O, a_RD, b_OR, segments, dropout_p)
     if plan is None:
         return F.linear(x_TD, weight_OD, bias_O)
-    drop = None if dropout_p == 0 else Drop(dropout_p, drawn(seed))
-    if choose("lora_linear", x_TD, a_RD, b_OR, bias_O, dropout=drop is not None) == "triton":
+    backend = choose("lora_linear", x_TD, a_RD, b_OR, bias_O, dropout=dropout_p > 0)
+    drop = None if dropout_p == 0 else Drop(dropout_p, drawn(seed), backend)
+    if backend != "reference":
         return _LoraLinear.apply(x_TD, weight_OD, bias_O, a_RD, b_OR, plan, drop)
     return lora_linear_ref(
         x_TD, weight_OD, bias_O, a_RD, b_OR, segments, dropout_p=dropout_p, seed=drop and drop.seed
@@ -140,19 +150,22 @@ def drawn(seed: int | None) -> int:
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, weight_OD, bias_O, a_RD, b_OR, plan, drop):
+        drop = with_masks(drop, x_TD, plan)
         y_TO, u_TR = adapted(x_TD, weight_OD, bias_O, a_RD, b_OR, plan, drop)
         _, _, _, a_wanted, b_wanted = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
-            x_TD if a_wanted else None, weight_OD, a_RD, b_OR, u_TR if b_wanted else None
-        )
+            x_TD if a_wanted else None, weight_OD, a_RD, b_OR, u_TR if b_wanted else None,
+            drop and drop.masks,
+        )  # fmt: skip
+        drop = drop and drop._replace(masks=None)
         ctx.plan, ctx.drop = plan, drop
         return y_TO
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy_TO):
-        x_TD, weight_OD, a_RD, b_OR, u_TR = ctx.saved_tensors
-        plan, drop = ctx.plan, ctx.drop
+        x_TD, weight_OD, a_RD, b_OR, u_TR, masks = ctx.saved_tensors
+        plan, drop = ctx.plan, ctx.drop and ctx.drop._replace(masks=masks)
         x_wanted, _, bias_wanted, a_wanted, b_wanted = ctx.needs_input_grad[:5]
         dx_TD = da_RD = db_OR = None
         if x_wanted or a_wanted:
@@ -172,7 +185,7 @@ def adapted(x_TD, weight_OD, bias_O, a_RD, b_OR, plan, drop) -> tuple[Tensor, Te
     if drop is None:
         u_TR = x_TD @ a_RD.t()
     else:
-        u_TR = kernels("lora_linear").down(x_TD, a_RD, plan.ranks, *drop)
+        u_TR = kernels("lora_linear", drop.backend).down(x_TD, a_RD, plan.ranks, drop)
     for _, out, rank, scale in plan.parts:
         y_TO[:, out].addmm_(u_TR[:, rank], b_OR[out, rank].t(), alpha=scale)
     return y_TO, u_TR
@@ -193,14 +206,14 @@ def grad_x(dy_TO, weight_OD, du_TR, a_RD, plan, drop) -> Tensor:
     a_RD = a_RD.to(dx_TD.dtype)
     if drop is None:
         return dx_TD.addmm_(du_TR, a_RD)
-    kernels("lora_linear").add_dx_(dx_TD, du_TR, a_RD, plan.ranks, *drop)
+    kernels("lora_linear", drop.backend).add_dx_(dx_TD, du_TR, a_RD, plan.ranks, drop)
     return dx_TD
 
 
 def grad_a(du_TR, x_TD, plan, drop) -> Tensor:
     if drop is None:
         return du_TR.t() @ x_TD
-    return kernels("lora_linear").da(du_TR, x_TD, plan.ranks, *drop)
+    return kernels("lora_linear", drop.backend).da(du_TR, x_TD, plan.ranks, drop)
 
 
 def grad_b(dy_TO, u_TR, b_OR, plan) -> Tensor:
@@ -232,26 +245,32 @@ def keep_mask(row_T: Tensor, column_D: Tensor, segment: int, p: float, seed: int
     Bit for bit the kernels' `_keep`. int32 stands for uint32: additions and products wrap alike,
     shifts are made logical.
     """
-    one = torch.ones(1, dtype=torch.int32, device=row_T.device)
-    low, high = seed & 0x7FFFFFFF, seed >> 31 & 0x7FFFFFFF
-    first = _mix(one * low ^ _mix(one * high + segment * (one * _GOLDEN)))
-    second = _mix(first + _GOLDEN)
-    h_TD = _mix(first ^ row_T)[:, None] + (column_D * _GOLDEN)[None, :]
+    first, second = first_keys(row_T, segment, seed)
+    h_TD = mixed(first ^ row_T)[:, None] + (column_D * GOLDEN)[None, :]
     h_TD ^= _shifted(h_TD, 16)
-    h_TD *= _MIX_1
-    h_TD ^= _shifted(h_TD, 13) ^ _mix(second + row_T)[:, None]
-    h_TD *= _MIX_2
+    h_TD *= MIX_1
+    h_TD ^= _shifted(h_TD, 13) ^ mixed(second + row_T)[:, None]
+    h_TD *= MIX_2
     return _shifted(h_TD, 1) >= round(p * 2**31)
 
 
-_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B9 - 2**32, 0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32
+GOLDEN, MIX_1, MIX_2 = 0x9E3779B9 - 2**32, 0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32
+
+
+def first_keys(row_T: Tensor, segment: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Two numbers (1,) that a mask is made from, beside the rows and columns."""
+    one = torch.ones(1, dtype=torch.int32, device=row_T.device)
+    low, high = seed & 0x7FFFFFFF, seed >> 31 & 0x7FFFFFFF
+    first = mixed(one * low ^ mixed(one * high + segment * (one * GOLDEN)))
+    return first, mixed(first + GOLDEN)
 
 
 def _shifted(h: Tensor, bits: int) -> Tensor:
     return (h >> bits).bitwise_and_((1 << (32 - bits)) - 1)
 
 
-def _mix(h: Tensor) -> Tensor:
-    h = (h ^ _shifted(h, 16)).mul_(_MIX_1)
-    h = (h ^ _shifted(h, 13)).mul_(_MIX_2)
+def mixed(h: Tensor) -> Tensor:
+    """MurmurHash3's finaliser."""
+    h = (h ^ _shifted(h, 16)).mul_(MIX_1)
+    h = (h ^ _shifted(h, 13)).mul_(MIX_2)
     return h ^ _shifted(h, 16)

@@ -65,23 +65,25 @@ def masked_token_loss(
 
 def _summed(hidden_TD, weight_VD, rows_M, targets_M, ignore_index):
     inputs = hidden_TD, weight_VD, rows_M, targets_M, ignore_index
-    if choose("masked_token_loss", hidden_TD, weight_VD) != "triton":
+    backend = choose("masked_token_loss", hidden_TD, weight_VD)
+    if backend == "reference":
         return _summed_ref(*inputs)
+    run = kernels("masked_token_loss", backend)
     # Inside forward() grad mode is off and needs_input_grad tells what the inputs ask for, not
     # whether anyone listens: under no_grad the gradient's GEMMs would run for nothing.
     if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
-        return _MaskedTokenLoss.apply(*inputs)
-    return kernels("masked_token_loss").forward(*inputs, False, False)[0].sum()
+        return _MaskedTokenLoss.apply(*inputs, run)
+    return run.forward(*inputs, False, False)[0].sum()
 
 
 class _MaskedTokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, rows_M, targets_M, ignore_index):
-        losses_M, dstates_MD, dweight_VD = kernels("masked_token_loss").forward(
+    def forward(ctx, hidden_TD, weight_VD, rows_M, targets_M, ignore_index, run):
+        losses_M, dstates_MD, dweight_VD = run.forward(
             hidden_TD, weight_VD, rows_M, targets_M, ignore_index, *ctx.needs_input_grad[:2]
         )
         ctx.save_for_backward(dstates_MD, dweight_VD, rows_M)
-        ctx.tokens = hidden_TD.shape[0]
+        ctx.run, ctx.tokens = run, hidden_TD.shape[0]
         return losses_M.sum()
 
     @staticmethod
@@ -89,10 +91,8 @@ class _MaskedTokenLoss(torch.autograd.Function):
     def backward(ctx, dloss):
         # The saved gradients are those of the sum; dloss has 1 / num_items and a loss scale in it,
         # in fp32 and on the device, so that nobody waits and nothing underflows before its time.
-        dhidden_TD, dweight_VD = kernels("masked_token_loss").backward(
-            dloss, *ctx.saved_tensors, ctx.tokens
-        )
-        return dhidden_TD, dweight_VD, None, None, None
+        dhidden_TD, dweight_VD = ctx.run.backward(dloss, *ctx.saved_tensors, ctx.tokens)
+        return dhidden_TD, dweight_VD, None, None, None, None
 
 
 def masked_token_loss_ref(

@@ -32,14 +32,15 @@ def rope_(
     source:       Su et al. 2021, arXiv:2104.09864; halves rotate as in Hugging Face's rotate_half
     """
     check("rope_", qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads)
-    if choose("rope_", qkv_TS, head_dim=2 * cos_PE.shape[1]) != "triton":
+    backend = choose("rope_", qkv_TS, head_dim=2 * cos_PE.shape[1])
+    if backend == "reference":
         return rope_ref_(qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads)
-    arguments = (qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads)
+    run, arguments = kernels("rope_", backend), (positions_T, cos_PE, sin_PE, n_heads, n_kv_heads)
     if qkv_TS.requires_grad and torch.is_grad_enabled():
         if qkv_TS.is_leaf:  # torch would say so too, but only after the values are gone
             raise RuntimeError("rope_: a leaf that requires grad cannot be changed in place")
-        return _Rope.apply(*arguments)
-    kernels("rope_").rotate_(*arguments)
+        return _Rope.apply(qkv_TS, run, *arguments)
+    run.rotate_(qkv_TS, *arguments)
     torch.autograd.graph.increment_version(qkv_TS)  # whoever saved it before must be told
     return qkv_TS
 
@@ -70,18 +71,18 @@ def check(op, qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads) -> None:
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv_TS, *arguments):
+    def forward(ctx, qkv_TS, run, *arguments):
         # Not save_for_backward: the tables may be inference tensors, which it refuses.
-        ctx.arguments = arguments
+        ctx.run, ctx.arguments = run, arguments
         ctx.mark_dirty(qkv_TS)
-        return kernels("rope_").rotate_(qkv_TS, *arguments)
+        return run.rotate_(qkv_TS, *arguments)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dqkv_TS):
         # Into a new tensor: the gradient that came in may be someone else's too.
-        dqkv_TS = kernels("rope_").rotated(dqkv_TS, *ctx.arguments, inverse=True)
-        return dqkv_TS, *(None for _ in ctx.arguments)
+        dqkv_TS = ctx.run.rotated(dqkv_TS, *ctx.arguments, inverse=True)
+        return dqkv_TS, None, *(None for _ in ctx.arguments)
 
 
 def rope_ref_(qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads):

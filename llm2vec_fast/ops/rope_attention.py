@@ -106,8 +106,9 @@ def _has_pair(name: str) -> bool:
 
 def _rotate_(qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads, inverse):
     """Turns queries and keys by their positions, or back."""
-    if choose("rope_", qkv_TS, head_dim=2 * cos_PE.shape[1]) == "triton":
-        kernels("rope").rotate_(
+    backend = choose("rope_", qkv_TS, head_dim=2 * cos_PE.shape[1])
+    if backend != "reference":
+        kernels("rope_", backend).rotate_(
             qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads, inverse=inverse
         )
     else:

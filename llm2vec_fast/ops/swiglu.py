@@ -29,10 +29,11 @@ def swiglu(gate_up_T2F: Tensor) -> Tensor:
     if gate_up_T2F.shape[-1] % 2:
         raise ValueError(f"swiglu: the last dimension must be even, got {tuple(gate_up_T2F.shape)}")
     backend = choose("swiglu", gate_up_T2F)
-    if backend == "triton":
+    if backend in ("triton", "eager"):
+        run = kernels("swiglu", backend)
         if not torch.is_grad_enabled():  # a node costs microseconds even where nobody needs it
-            return kernels("swiglu").forward(gate_up_T2F)
-        return _SwiGLU.apply(gate_up_T2F)
+            return run.forward(gate_up_T2F)
+        return _SwiGLU.apply(gate_up_T2F, run)
     if backend == "cuda":
         from llm2vec_fast.ops import _cuda
 
@@ -42,14 +43,15 @@ def swiglu(gate_up_T2F: Tensor) -> Tensor:
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up_T2F):
+    def forward(ctx, gate_up_T2F, run):
         ctx.save_for_backward(gate_up_T2F)
-        return kernels("swiglu").forward(gate_up_T2F)
+        ctx.run = run
+        return run.forward(gate_up_T2F)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy_TF):
-        return kernels("swiglu").backward(dy_TF, *ctx.saved_tensors)
+        return ctx.run.backward(dy_TF, *ctx.saved_tensors), None
 
 
 def swiglu_ref(gate_up_T2F):

@@ -29,6 +29,7 @@ from llm2vec_fast.ops.lora_linear import (
     grad_x,
     lora_linear,
     lora_linear_ref,
+    with_masks,
 )
 from llm2vec_fast.ops.swiglu import swiglu, swiglu_ref
 
@@ -60,9 +61,11 @@ def swiglu_linear(
         raise ValueError(
             "swiglu_linear: a weight with adapters is frozen; call requires_grad_(False) on it"
         )
-    if choose("swiglu", gate_up_T2F, weight_DF, bias_D, a_RF, b_DR) == "triton":
-        drop = Drop(dropout_p, drawn(seed)) if plan is not None and dropout_p else None
-        return _SwiGLULinear.apply(gate_up_T2F, weight_DF, bias_D, a_RF, b_DR, plan, drop)
+    backend = choose("swiglu", gate_up_T2F, weight_DF, bias_D, a_RF, b_DR)
+    if backend in ("triton", "eager"):
+        run = kernels("swiglu", backend)
+        drop = Drop(dropout_p, drawn(seed), backend) if plan is not None and dropout_p else None
+        return _SwiGLULinear.apply(gate_up_T2F, weight_DF, bias_D, a_RF, b_DR, plan, drop, run)
     product_TF = swiglu(gate_up_T2F)
     if plan is None:
         return F.linear(product_TF, weight_DF, bias_D)
@@ -73,21 +76,22 @@ def swiglu_linear(
 
 class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up_T2F, weight_DF, bias_D, a_RF, b_DR, plan, drop):
-        product_TF, u_TR = kernels("swiglu").forward(gate_up_T2F), None
+    def forward(ctx, gate_up_T2F, weight_DF, bias_D, a_RF, b_DR, plan, drop, run):
+        product_TF, u_TR = run.forward(gate_up_T2F), None
         if plan is None:
             y_TD = F.linear(product_TF, weight_DF, bias_D)
         else:
+            drop = with_masks(drop, product_TF, plan)
             y_TD, u_TR = adapted(product_TF, weight_DF, bias_D, a_RF, b_DR, plan, drop)
-        ctx.save_for_backward(gate_up_T2F, weight_DF, a_RF, b_DR, u_TR)
-        ctx.plan, ctx.drop = plan, drop
+        ctx.save_for_backward(gate_up_T2F, weight_DF, a_RF, b_DR, u_TR, drop and drop.masks)
+        ctx.plan, ctx.drop, ctx.run = plan, drop and drop._replace(masks=None), run
         return y_TD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy_TD):
-        gate_up_T2F, weight_DF, a_RF, b_DR, u_TR = ctx.saved_tensors
-        plan, drop = ctx.plan, ctx.drop
+        gate_up_T2F, weight_DF, a_RF, b_DR, u_TR, masks = ctx.saved_tensors
+        plan, drop = ctx.plan, ctx.drop and ctx.drop._replace(masks=masks)
         wanted, weight_wanted, bias_wanted, a_wanted, b_wanted = ctx.needs_input_grad[:5]
         a_wanted, b_wanted = a_wanted and plan is not None, b_wanted and plan is not None
         dgate_up_T2F = dweight_DF = da_RF = db_DR = du_TR = product_TF = None
@@ -99,10 +103,10 @@ class _SwiGLULinear(torch.autograd.Function):
             else:
                 dproduct_TF = grad_x(dy_TD, weight_DF, du_TR, a_RF, plan, drop)
             again = weight_wanted or a_wanted
-            dgate_up_T2F = kernels("swiglu").backward(dproduct_TF, gate_up_T2F, product=again)
+            dgate_up_T2F = ctx.run.backward(dproduct_TF, gate_up_T2F, product=again)
             product_TF = dproduct_TF  # if it was asked for
         elif weight_wanted or a_wanted:
-            product_TF = kernels("swiglu").forward(gate_up_T2F)
+            product_TF = ctx.run.forward(gate_up_T2F)
         if weight_wanted:
             dweight_DF = dy_TD.t() @ product_TF
         if a_wanted:
@@ -110,7 +114,7 @@ class _SwiGLULinear(torch.autograd.Function):
         if b_wanted:
             db_DR = grad_b(dy_TD, u_TR, b_DR, plan)
         dbias_D = dy_TD.sum(0) if bias_wanted else None
-        return dgate_up_T2F, dweight_DF, dbias_D, da_RF, db_DR, None, None
+        return dgate_up_T2F, dweight_DF, dbias_D, da_RF, db_DR, None, None, None
 
 
 def swiglu_linear_ref(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from llm2vec_fast import ops
 from llm2vec_fast.ops.backend import kernels
 from llm2vec_fast.ops.kernels.launch import recorded
-from llm2vec_fast.ops.lora_linear import keep_mask, lora_linear, lora_linear_ref
+from llm2vec_fast.ops.lora_linear import Drop, keep_mask, lora_linear, lora_linear_ref
 
 SEED = 2**40 + 7
 # (T, D, O, R, segments): one adapter; fused with gaps, unequal ranks and an unused rank; overlap
@@ -152,7 +152,7 @@ def test_kernel_masks_are_these_bits(place, seed):
     # each segment has one third of the columns as its ranks: u shows the mask itself
     a = torch.eye(D, dtype=place.dtype, device=place.device)
     ranks = ((0, 0, 12), (2, 12, 25), (5, 25, 37))
-    u = kernels("lora_linear").down(x, a, ranks, p, seed)
+    u = kernels("lora_linear").down(x, a, ranks, Drop(p, seed))
     for index, r0, r1 in ranks:
         want = mask(T, D, index, p, seed)[:, r0:r1]
         assert torch.equal(u[:, r0:r1].cpu() != 0, want)

@@ -76,7 +76,7 @@ def check(within_rule, values_and_gradients, qkv, **options):
 MASKS = [{}, {"causal": True}, {"causal": True, "window": 3}]
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "reference"])
 @pytest.mark.parametrize("options", MASKS)
 def test_on_the_cpu(within_rule, values_and_gradients, backend, options):
     with ops.use(backend, "attention"):

@@ -138,8 +138,8 @@ def halves(seed: int) -> tuple[int, int]:
     return seed & 0x7FFFFFFF, seed >> 31 & 0x7FFFFFFF
 
 
-def _dropout(p: float, seed: int) -> tuple[int, int, int, float]:
-    return *halves(seed), round(p * 2**31), 1 / (1 - p)
+def _dropout(drop) -> tuple[int, int, int, float]:
+    return *halves(drop.seed), round(drop.p * 2**31), 1 / (1 - drop.p)
 
 
 def _tile(segments: tuple, columns: int = 64) -> dict:
@@ -149,28 +149,32 @@ def _tile(segments: tuple, columns: int = 64) -> dict:
     return {"SEGMENTS": segments, "RANK": rank, "ROWS": 64, "COLUMNS": columns, "num_warps": 4}
 
 
-def down(x_TD: Tensor, a_RD: Tensor, segments: tuple, p: float, seed: int) -> Tensor:
+def masks(x_TD: Tensor, segments: tuple, drop) -> None:
+    """Nothing to keep: masks are made where they are applied."""
+
+
+def down(x_TD: Tensor, a_RD: Tensor, segments: tuple, drop) -> Tensor:
     """u (T, R): drop(x) A^T, with a mask of its own for the ranks of each segment."""
     (T, D), R = x_TD.shape, len(a_RD)
     u_TR = x_TD.new_empty(T, R)
     x, a = as_rows(x_TD), a_RD.contiguous()
     options = _tile(segments)
     grid = (-(-T // 64) * len(segments),)
-    launch(_down, grid, u_TR, x, a, x.stride(0), T, D, R, *_dropout(p, seed), **options)
+    launch(_down, grid, u_TR, x, a, x.stride(0), T, D, R, *_dropout(drop), **options)
     return u_TR
 
 
-def add_dx_(dx_TD: Tensor, du_TR: Tensor, a_RD: Tensor, segments: tuple, p: float, seed: int):
+def add_dx_(dx_TD: Tensor, du_TR: Tensor, a_RD: Tensor, segments: tuple, drop):
     """dx += mask * (du A) / (1 - p), the sum of all segments in one pass over dx."""
     (T, D), R = dx_TD.shape, len(a_RD)
     assert dx_TD.is_contiguous() and du_TR.is_contiguous()
     options = _tile(segments)
     blocks = -(-D // options["COLUMNS"])
     launch(_add_dx, (-(-T // 64) * blocks,), dx_TD, du_TR, a_RD.contiguous(), T, D, R, blocks,
-           *_dropout(p, seed), **options)  # fmt: skip
+           *_dropout(drop), **options)  # fmt: skip
 
 
-def da(du_TR: Tensor, x_TD: Tensor, segments: tuple, p: float, seed: int) -> Tensor:
+def da(du_TR: Tensor, x_TD: Tensor, segments: tuple, drop) -> Tensor:
     """dA (R, D) fp32: du^T drop(x); rows that no segment has are zero."""
     (T, D), R = x_TD.shape, du_TR.shape[1]
     assert du_TR.is_contiguous()
@@ -186,5 +190,5 @@ def da(du_TR: Tensor, x_TD: Tensor, segments: tuple, p: float, seed: int) -> Ten
     partial_PRD = (x.new_empty if whole else x.new_zeros)(parts, R, D, dtype=torch.float32)
     grid = (parts * blocks * len(segments),)
     launch(_da, grid, partial_PRD, du_TR, x, x.stride(0), T, D, R, blocks, 64 * per_part,
-           *_dropout(p, seed), **options)  # fmt: skip
+           *_dropout(drop), **options)  # fmt: skip
     return partial_PRD.sum(0)

@@ -1,0 +1,205 @@
+"""From a configuration to a trained adapter: `train`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llm2vec_fast.encoder import LLM2Vec
+from llm2vec_fast.model import adapt, weights
+from llm2vec_fast.model.checkpoint import write_json
+from llm2vec_fast.model.work import matmul_rate
+from llm2vec_fast.settings import (
+    OFFICIAL,
+    OFFICIAL_FILE,
+    OWN_FILE,
+    choose_device,
+    choose_dtype,
+)
+from llm2vec_fast.train.config import Config, as_json
+from llm2vec_fast.train.data import Chunks, load_dataset_texts, read_pairs, read_texts
+from llm2vec_fast.train.loop import Loop, Summary
+from llm2vec_fast.train.mntp import Mntp
+from llm2vec_fast.train.optimizer import Optimizer
+from llm2vec_fast.train.progress import Progress
+from llm2vec_fast.train.ranks import ALONE, Ranks, local_device
+from llm2vec_fast.train.shard import shard_base
+from llm2vec_fast.train.simcse import SimCSE
+from llm2vec_fast.train.supervised import Supervised
+from llm2vec_fast.train.work import Objective
+
+# Fields that a resumed run may change: they alter neither data nor arithmetic.
+FREE = {
+    "output_dir", "device", "logging_steps", "disable_tqdm", "save_strategy", "save_steps",
+    "save_total_limit", "overwrite_output_dir", "resume_from_checkpoint", "eval_steps", "eval_file",
+    "stop_after_n_steps",
+}  # fmt: skip
+Evaluate = Callable[[LLM2Vec], dict[str, float]]
+
+
+def train(config: Config, evaluate: Evaluate | None = None) -> Summary:
+    """Trains an adapter (or the whole model) and leaves it in config.output_dir.
+
+    evaluate: figures of the model in training, logged every eval_steps and at the end
+    returns:  steps, tokens, seconds, loss. Interrupted or killed, the same call goes on from the
+              newest checkpoint; on a CPU with the same losses, bit for bit
+    raises:   ValueError for what a user can mend, TrainingError if the loss is not finite
+    """
+    torch.manual_seed(config.seed)  # nothing here draws from it; what a user adds might
+    refuse_impossible(config)
+    device = choose_device(local_device(config.device), None)
+    ranks = Ranks.join(device)
+    try:
+        encoder = load_encoder(config, device, ranks)
+        progress = Progress(ranks.rank == 0, not config.disable_tqdm)
+        objective = make_objective(config, encoder, ranks, progress)
+        return _loop(config, encoder, objective, ranks, progress, evaluate).run()
+    finally:
+        ranks.leave()
+
+
+def refuse_impossible(config: Config) -> None:
+    """Raises ValueError for combinations that would train badly, before anything is loaded."""
+    if config.torch_dtype == "float16":
+        raise ValueError(
+            "torch_dtype float16: small gradients would vanish; use bfloat16 or float32"
+        )
+    if config.fsdp and config.full_finetuning:
+        raise ValueError("fsdp shards a frozen base: set full_finetuning or fsdp, not both")
+
+
+def load_encoder(config: Config, device: torch.device, ranks: Ranks = ALONE) -> LLM2Vec:
+    """The base with its earlier adapters merged, and what is to be trained beside it."""
+    sharded = config.fsdp and ranks.world > 1
+    encoder = LLM2Vec.from_pretrained(
+        config.model_name_or_path,
+        config.peft_model_name_or_path or None,
+        enable_bidirectional=config.bidirectional,
+        pooling_mode=config.pooling_mode,
+        max_length=config.max_seq_length,
+        doc_max_length=config.max_seq_length,
+        dtype=str(choose_dtype(config.torch_dtype, device)),
+        device="cpu" if sharded else device,
+        template="none" if config.kind == "mntp" else config.template,
+    )
+    if config.full_finetuning:
+        encoder.model.requires_grad_(True)
+    else:
+        adapt.attach(
+            encoder.model,
+            config.lora_r,
+            config.lora_alpha,
+            config.lora_target_modules,
+            config.seed,
+        )
+    if sharded:
+        shard_base(encoder.model, device)
+    return encoder
+
+
+def make_objective(
+    config: Config, encoder: LLM2Vec, ranks: Ranks, progress: Progress | None = None
+) -> Objective:
+    """Reads the data and builds the training of config.kind."""
+    if config.kind == "supervised":
+        examples = read_pairs(
+            config.files,
+            limit=config.max_train_samples,
+            negatives_per_query=config.negatives_per_query,
+        )
+        supervised = Supervised(encoder, examples, config, ranks)
+        if supervised.too_small and progress:
+            progress.say(
+                f"tasks with less than a batch are left out: {', '.join(supervised.too_small)}"
+            )
+        return supervised
+    texts = _texts(config)
+    if texts.n_empty and progress:
+        progress.say(f"{texts.n_empty} empty texts are left out")
+    if config.kind == "simcse":
+        return SimCSE(encoder, [text.strip() for text in texts], config, ranks)
+    texts, held_out = _held_out(config, list(texts))
+    length, by_line = config.max_seq_length, config.line_by_line
+    chunks = Chunks.from_texts(texts, encoder.tokenizer, length, by_line)
+    aside = held_out and Chunks.from_texts(held_out, encoder.tokenizer, length, by_line)
+    if progress:
+        what = "texts without a token to predict" if by_line else "tokens of the last, short chunk"
+        progress.say(f"{chunks.n_tokens} tokens in {len(chunks)} chunks; {chunks.left_out} {what}")
+    head = weights.head_of(encoder.sources.base, encoder.model)
+    return Mntp(encoder, head, chunks, aside or None, config, ranks)
+
+
+def _texts(config: Config):
+    if config.files:
+        return read_texts(
+            config.files, text_column=config.text_column, limit=config.max_train_samples
+        )
+    return load_dataset_texts(
+        config.dataset_name,
+        config.dataset_config_name,
+        text_column=config.text_column,
+        limit=config.max_train_samples,
+    )
+
+
+def _held_out(config: Config, texts: list[str]) -> tuple[list[str], list[str]]:
+    """Texts to train on and those to look at: of a file of their own, or the last per cent."""
+    held_out: list[str] = []
+    if config.validation_file:
+        held_out = list(read_texts(config.validation_file, text_column=config.text_column))
+    elif config.validation_split_percentage:
+        cut = max(1, len(texts) * config.validation_split_percentage // 100)
+        texts, held_out = texts[:-cut], texts[-cut:]
+    return texts, held_out[: config.max_eval_samples]
+
+
+def _loop(config, encoder, objective, ranks, progress, evaluate) -> Loop:
+    named = encoder.model.named_parameters()
+    optimizer = Optimizer(
+        named,
+        learning_rate=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    if progress.shown:
+        progress.rate = matmul_rate(encoder.model.config, encoder.dtype, encoder.device, 0.1)
+    settled = {k: v for k, v in as_json(config).items() if k not in FREE}
+    made_of = {
+        **settled,
+        "model": encoder.sources.fingerprint(),
+        "data": objective.fingerprint,
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "world_size": ranks.world,
+    }
+    for name in ("model", "data"):
+        ranks.agree(f"the {name}", made_of[name])
+
+    def figures() -> dict[str, float]:
+        found = objective.evaluate()
+        if evaluate is not None and (ranks.rank == 0 or config.fsdp):  # sharded: all take part
+            found |= evaluate(encoder)
+        ranks.wait()
+        return found
+
+    return Loop(
+        config, objective, optimizer, ranks, encoder.device, made_of,
+        lambda directory: save_model(config, encoder, directory, ranks), figures, progress,
+    )  # fmt: skip
+
+
+def save_model(config: Config, encoder: LLM2Vec, directory: Path, ranks: Ranks) -> None:
+    """The adapter as PEFT and LLM2Vec.from_pretrained read it, or the whole model."""
+    if ranks.rank:
+        return
+    if config.full_finetuning:
+        encoder.save(directory, merge_before_save=True)
+        return
+    adapt.save(encoder.model, directory, config.model_name_or_path, dropout=config.lora_dropout)
+    told = {name: encoder.settings[name] for name in OFFICIAL}
+    write_json(told, directory / OFFICIAL_FILE)
+    own = {name: encoder.settings[name] for name in ("enable_bidirectional", "template")}
+    write_json(own, directory / OWN_FILE)
