@@ -230,7 +230,7 @@ def line(row: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kinds", nargs="*", default=KINDS, choices=(*KINDS, []))
+    parser.add_argument("kind", nargs="?", choices=KINDS, help="default: both")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", type=Path, help="default: SmolLM2-135M; on a GPU a random 7B")
     parser.add_argument("--dtype", default="auto", help="of the base: auto, float32, bfloat16")
@@ -238,17 +238,17 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a turn")
-    parser.add_argument("--minutes", type=float, default=20.0, help="no new round after that")
+    parser.add_argument("--minutes", type=float, default=40.0, help="no new round after that")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/*.json")
     parser.add_argument("--out", type=Path, help="write there instead")
     chosen = parser.parse_args()
     if chosen.device == "cpu" and chosen.model is None:
         chosen.model = ensure_model()
-    began, rows = time.perf_counter(), []
+    began, rows, kinds = time.perf_counter(), [], [chosen.kind] if chosen.kind else KINDS
     name = f"bench_train-{torch.device(chosen.device).type}"
     with tempfile.TemporaryDirectory() as folder:
-        for n, kind in enumerate(chosen.kinds):
-            until = began + 60 * chosen.minutes * (n + 1) / len(chosen.kinds)
+        for n, kind in enumerate(kinds):
+            until = began + 60 * chosen.minutes * (n + 1) / len(kinds)
             new: list[dict] = []
             for new in Bench(kind, chosen, Path(folder), until).run():
                 if chosen.write or chosen.out:

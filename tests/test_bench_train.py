@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("peft")
 WORDS = "the of and to in a is that for it was on are as with they be at one have this".split()
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    from benchmarks import _train_worker
+
+    return _train_worker
 
 
 @pytest.fixture
@@ -37,10 +46,8 @@ def spec_of(tmp_path, tiny_model, add_tokenizer):
     return make
 
 
-def test_both_rivals_train_on_the_same_masked_chunks(spec_of):
+def test_both_rivals_train_on_the_same_masked_chunks(spec_of, worker):
     """Adapters change nothing at first: the losses of the first step are those of one model."""
-    from benchmarks import _train_worker as worker
-
     spec = spec_of("mntp")
     told = worker.write_rows(spec | {"steps": 2})
     assert told["texts"] == [4, 4] and told["tokens"] == told["padded"] == [96, 96]
@@ -53,9 +60,7 @@ def test_both_rivals_train_on_the_same_masked_chunks(spec_of):
         assert 0 < found["loaded_mb"] <= found["peak_mb"]
 
 
-def test_both_rivals_train_on_the_same_pairs(spec_of):
-    from benchmarks import _train_worker as worker
-
+def test_both_rivals_train_on_the_same_pairs(spec_of, worker):
     spec = spec_of("simcse", simcse_dropout=0.0)
     told = worker.write_rows(spec | {"steps": 2})
     assert told["texts"] == [4, 4] and told["tokens"][0] < told["padded"][0]

@@ -14,6 +14,7 @@ ROOT = Path(llm2vec_fast.__file__).parent
 FLOORS = {
     "version": 0,
     "vectors": 0,
+    "adapters": 0,
     "ops": 0,
     "batch": 1,
     "model": 2,

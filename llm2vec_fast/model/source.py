@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm2vec_fast.adapters import PREFIX, shipped
 from llm2vec_fast.model.checkpoint import has_weights
 from llm2vec_fast.model.lora import CONFIG as ADAPTER_CONFIG
 from llm2vec_fast.model.lora import AdapterError, read_config
@@ -45,10 +46,13 @@ class Sources:
 
 
 def find(name: str) -> Path:
-    """The directory of a local path or hub name; a hub name is downloaded into the hub's cache.
+    """The directory of a local path, of a shipped adapter (`shipped:NAME`) or of a hub name, which
+    is downloaded into the hub's cache.
 
-    raises: ValueError if it is neither
+    raises: ValueError if it is none of these
     """
+    if name.startswith(PREFIX):
+        return shipped(name)
     if not name.strip():  # Path("") is the working directory, which nobody meant
         raise ValueError(f"{name!r} names no model; give a directory or a hub name")
     try:

@@ -25,7 +25,7 @@ def matmul_rate(
     """
     device = torch.device(device)
     D, width, H = config.hidden_size, config.intermediate_size, config.head_dim
-    side, rows = (8192, 16_384) if device.type == "cuda" else (2048, 2048)
+    side, rows = (8192, 16_384) if device.type == "cuda" else (2048, 1024)
     heads = config.n_heads + 2 * config.n_kv_heads
     shapes = [(side, side, side), (rows, heads * H, D), (rows, D, config.n_heads * H)]
     shapes += [(rows, 2 * width, D), (rows, D, width)]
@@ -54,7 +54,7 @@ def _rate_of(shape: tuple[int, int, int], dtype, device: torch.device, seconds: 
             torch.nn.functional.linear(x, weight)
 
     with torch.inference_mode():
-        run(2)
-        once = seconds_of(lambda: run(3), device) / 3
+        run(1)
+        once = seconds_of(lambda: run(1), device)
         times = max(1, round(seconds / once))
         return 2 * m * n * k * times / seconds_of(lambda: run(times), device)

@@ -23,7 +23,7 @@ from llm2vec_fast.encoder import LLM2Vec
 from llm2vec_fast.model.transformer import Dropout
 from llm2vec_fast.settings import POOLING
 from llm2vec_fast.text import Tokens, pack
-from llm2vec_fast.train.ranks import Ranks
+from llm2vec_fast.train.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -89,21 +89,28 @@ class Contrast:
     symmetric: bool
     ranks: Ranks  # those whose docs are negatives too
     recompute: bool = False
+    in_step: Ranks = ALONE  # those that must make equally many passes: they share a sharded base
 
     def backward(self, batch: Batch, share: float = 1.0) -> Tensor:
         """Adds the gradients of share * loss to the parameters; returns share * loss, 0-d."""
-        if len(batch.chunks) == 1:
+        passes = max(self.in_step.everyones(len(batch.chunks)))
+        if passes == 1:
             loss = self.loss(self.embed(batch.chunks[0])[batch.order], batch) * share
             loss.backward()
             return loss.detach()
+        surplus = [batch.chunks[0]] * (passes - len(batch.chunks))
         with torch.no_grad():
             packed_BD = torch.cat([self.embed(chunk) for chunk in batch.chunks])
+            for chunk in surplus:
+                self.embed(chunk)
         packed_BD.requires_grad_()
         loss = self.loss(packed_BD[batch.order], batch) * share
         (grad_BD,) = torch.autograd.grad(loss, packed_BD)
         sizes = [len(chunk.rows) for chunk in batch.chunks]
         for chunk, grad in zip(batch.chunks, grad_BD.split(sizes), strict=True):
             self.embed(chunk).backward(grad)
+        for chunk in surplus:
+            (0 * self.embed(chunk).sum()).backward()
         return loss.detach()
 
     def embed(self, chunk: Chunk) -> Tensor:

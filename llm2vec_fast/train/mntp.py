@@ -163,15 +163,17 @@ class Mntp:
 
     def backward(self, work: Work) -> Tensor:
         # The mean is over the masked tokens of all chunks and ranks, however they are cut.
-        count = torch.tensor(
-            float(sum(len(part.rows_M) for part in work.parts)), device=self.encoder.device
-        )
+        predicted = float(sum(len(part.rows_M) for part in work.parts))
+        count = torch.full((), predicted, device=self.encoder.device)
         num_items = self.ranks.mean_(count).clamp_(min=1.0 / self.ranks.world)
         total = torch.zeros((), device=self.encoder.device)
         for part in work.parts:
             loss = self._loss(part, num_items)
             loss.backward()
             total += loss.detach()
+        if self.config.fsdp:  # a sharded base: all ranks make equally many passes
+            for _ in range(max(self.ranks.everyones(len(work.parts))) - len(work.parts)):
+                (0 * self._loss(work.parts[0], num_items)).backward()
         return total
 
     def _loss(self, part: Part, num_items: Tensor) -> Tensor:
@@ -188,5 +190,5 @@ class Mntp:
         key = (self.config.seed, EVALUATED)
         parts = self._parts(self.held_out, np.arange(len(self.held_out)), key, Dropout())
         count = max(1, sum(len(part.rows_M) for part in parts))
-        num_items = torch.tensor(float(count), device=self.encoder.device)
+        num_items = torch.full((), float(count), device=self.encoder.device)
         return {"eval_loss": float(sum(self._loss(part, num_items) for part in parts))}

@@ -21,6 +21,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     group: dist.ProcessGroup | None = None
+    is_own: bool = False  # `join` made the group, so `leave` ends it
 
     @classmethod
     def join(cls, device: torch.device) -> Ranks:
@@ -28,14 +29,15 @@ class Ranks:
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world == 1:
             return cls()
-        if not dist.is_initialized():
+        is_own = not dist.is_initialized()
+        if is_own:
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=PATIENCE)
-        return cls(dist.get_rank(), world, dist.group.WORLD)
+        return cls(dist.get_rank(), world, dist.group.WORLD, is_own)
 
     def leave(self) -> None:
         """Ends the group that `join` made."""
-        if self.group is not None and dist.is_initialized():
+        if self.is_own and dist.is_initialized():
             dist.destroy_process_group()
 
     def sum_(self, x: Tensor) -> Tensor:

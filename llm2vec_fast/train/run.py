@@ -197,9 +197,11 @@ def save_model(config: Config, encoder: LLM2Vec, directory: Path, ranks: Ranks) 
         return
     if config.full_finetuning:
         encoder.save(directory, merge_before_save=True)
-        return
-    adapt.save(encoder.model, directory, config.model_name_or_path, dropout=config.lora_dropout)
-    told = {name: encoder.settings[name] for name in OFFICIAL}
+    else:
+        base = config.model_name_or_path
+        adapt.save(encoder.model, directory, base, dropout=config.lora_dropout)
+    # max_seq_length bounds what is trained on, not what the encoder reads later.
+    told = OFFICIAL | {"pooling_mode": encoder.settings["pooling_mode"]}
     write_json(told, directory / OFFICIAL_FILE)
     own = {name: encoder.settings[name] for name in ("enable_bidirectional", "template")}
     write_json(own, directory / OWN_FILE)

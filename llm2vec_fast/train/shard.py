@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from llm2vec_fast.batch import PackedBatch
 from llm2vec_fast.model.transformer import Lora, Transformer
 
 
@@ -30,3 +31,7 @@ def shard_base(model: Transformer, device: torch.device) -> None:
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, ignored_params=adapters)
     fully_shard(model, mesh=mesh, ignored_params=adapters)
+    # The first pass makes the buffers that layers are gathered into. Made by an evaluation they
+    # would be inference tensors, which a training pass may not write to.
+    with torch.no_grad():
+        model(PackedBatch.build([[0]], device=device))

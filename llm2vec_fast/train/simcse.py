@@ -16,7 +16,7 @@ from llm2vec_fast.train.config import Config
 from llm2vec_fast.train.contrast import Batch, Contrast, assemble
 from llm2vec_fast.train.data import text_keys
 from llm2vec_fast.train.order import Order
-from llm2vec_fast.train.ranks import Ranks
+from llm2vec_fast.train.ranks import ALONE, Ranks
 from llm2vec_fast.train.work import Work, default_budget, generator
 
 DROPPED = 3  # what random numbers are drawn for
@@ -46,8 +46,9 @@ class Contrastive:
             encoder,
             config.loss_scale,
             config.symmetric,
-            ranks if config.gather_negatives else Ranks(),
+            ranks if config.gather_negatives else ALONE,
             config.gradient_checkpointing,
+            ranks if config.fsdp else ALONE,
         )
 
     def prepare(self, step: int) -> Work:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import sys
 import threading
 import time
 from functools import partial
@@ -308,6 +310,34 @@ def test_cutting_the_log(tmp_path):
     assert [json.loads(line) for line in path.read_text().splitlines()] == kept
     cut_log(path, 0)
     assert path.read_text() == "" and [p.name for p in tmp_path.iterdir()] == [LOG]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("bar", "shown"), [(True, True), (False, True), (True, False)])
+def test_on_a_terminal_a_bar_and_otherwise_json_lines(monkeypatch, bar, shown):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with Progress(shown, bar) as progress:
+        progress.start(2, 4)
+        progress.step(3, 1.25, 0.5, 1e-3, 10)
+        progress.line({"step": 3, "loss": 1.25})
+        progress.line({"step": 3, "spearman": 0.75})
+        progress.say("a word")
+        told = sys.stderr.getvalue()
+    if not shown:
+        assert told == ""
+    elif bar:
+        assert "loss 1.2500, norm 0.50" in told and "3/4" in told
+        assert "spearman 0.75" in told and "a word" in told and "{" not in told
+    else:
+        lines = [line for line in told.splitlines() if line.startswith("{")]
+        assert [json.loads(line) for line in lines] == [
+            {"step": 3, "loss": 1.25}, {"step": 3, "spearman": 0.75},
+        ]  # fmt: skip
+        assert "a word" in told and "3/4" not in told
 
 
 # --- going on ---
