@@ -93,9 +93,9 @@ def run_training(kind: str, shared: Path, work: Path, fields: list[str]) -> None
         "eval_file": shared / "stsb/stsb-en-dev.csv",
     }
     if kind == "mntp":
-        given["validation_file"] = work / "held_out.jsonl"
+        given |= {"validation_file": work / "held_out.jsonl", "eval_steps": 500}
     else:
-        given["peft_model_name_or_path"] = work / "mntp"
+        given |= {"peft_model_name_or_path": work / "mntp", "eval_steps": 100}
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     config = HERE.parent / f"examples/train/smollm2_{kind}.json"
     command = [sys.executable, "-m", "llm2vec_fast", "train", kind, str(config)]

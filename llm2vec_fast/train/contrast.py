@@ -24,6 +24,7 @@ from llm2vec_fast.model.transformer import Dropout
 from llm2vec_fast.settings import POOLING
 from llm2vec_fast.text import Tokens, pack
 from llm2vec_fast.train.ranks import ALONE, Ranks
+from llm2vec_fast.train.work import send
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,12 @@ def assemble(
         )
         for number, rows in enumerate(groups)
     ]
-    order = torch.from_numpy(np.argsort(np.concatenate(groups)))
+    order = send(np.argsort(np.concatenate(groups)), device)
     sent = [None, None]
     if keys is not None:
-        both = torch.from_numpy(keys).to(device, non_blocking=True)
+        both = send(keys, device)
         sent = [both[:queries], both[queries:]]
-    return Batch(chunks, queries, order.to(device, non_blocking=True), *sent)
+    return Batch(chunks, queries, order, *sent)
 
 
 @dataclass(frozen=True)

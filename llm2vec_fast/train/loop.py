@@ -118,9 +118,11 @@ class Loop:
         loss = self.objective.backward(work)
         norm = self.optimizer.step(self.ranks)
         self.schedule.step()
-        counts = torch.tensor([float(work.tokens), work.flop], dtype=torch.float64)
-        stats = torch.cat([torch.stack([loss.float(), norm.float() / self.ranks.world]).double(),
-                           counts.to(self.device, non_blocking=True)])  # fmt: skip
+        # Numbers are filled in, not copied: a copy from the host may wait for the GPU.
+        counts = loss.new_empty(2, dtype=torch.double)
+        counts[0].fill_(work.tokens)
+        counts[1].fill_(work.flop)
+        stats = torch.stack([loss.double(), norm.double() / self.ranks.world, *counts])
         stats = self.ranks.sum_(stats)
         stats[0] /= self.ranks.world
         self.step += 1

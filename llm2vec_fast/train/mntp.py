@@ -23,7 +23,7 @@ from llm2vec_fast.train.config import Config
 from llm2vec_fast.train.data import Chunks
 from llm2vec_fast.train.order import Order
 from llm2vec_fast.train.ranks import Ranks
-from llm2vec_fast.train.work import Work, default_budget, generator
+from llm2vec_fast.train.work import Work, default_budget, generator, send
 
 MASKED, EVALUATED = 1, 2  # what random numbers are drawn for
 
@@ -145,21 +145,14 @@ class Mntp:
         input_T, chosen_T = self.masking(np.concatenate(ids), np.concatenate(special), noise)
         chosen_T[starts[:-1]] = False  # nothing stands before the first token
         inputs, chosen = np.split(input_T, starts[1:-1]), np.split(chosen_T, starts[1:-1])
-        parts = []
+        parts, device = [], self.encoder.device
         for number, texts in enumerate(pack([len(text) for text in ids], self.budget)):
-            batch = PackedBatch.build([inputs[i] for i in texts], device=self.encoder.device)
-            true_T = np.concatenate([ids[i] for i in texts])
+            batch = PackedBatch.build([inputs[i] for i in texts], device=device)
+            true_T = np.concatenate([ids[i] for i in texts]).astype(np.int64)
             at_M = np.flatnonzero(np.concatenate([chosen[i] for i in texts]))
-            parts.append(
-                Part(batch, self._send(at_M - 1), self._send(true_T[at_M]), drop.within(number))
-            )
+            rows_M, targets_M = send(at_M - 1, device), send(true_T[at_M], device)
+            parts.append(Part(batch, rows_M, targets_M, drop.within(number)))
         return parts
-
-    def _send(self, numbers: np.ndarray) -> Tensor:
-        sent = torch.from_numpy(numbers.astype(np.int64))
-        if self.encoder.device.type == "cuda":
-            sent = sent.pin_memory()
-        return sent.to(self.encoder.device, non_blocking=True)
 
     def backward(self, work: Work) -> Tensor:
         # The mean is over the masked tokens of all chunks and ranks, however they are cut.

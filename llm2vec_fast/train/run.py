@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from llm2vec_fast.corpus.lock import Locks
 from llm2vec_fast.encoder import LLM2Vec
 from llm2vec_fast.model import adapt, weights
 from llm2vec_fast.model.checkpoint import write_json
@@ -55,7 +56,10 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Summary:
         encoder = load_encoder(config, device, ranks)
         progress = Progress(ranks.rank == 0, not config.disable_tqdm)
         objective = make_objective(config, encoder, ranks, progress)
-        return _loop(config, encoder, objective, ranks, progress, evaluate).run()
+        with Locks(Path(config.output_dir)) as locks:
+            if ranks.rank == 0:
+                locks.take("training")
+            return _loop(config, encoder, objective, ranks, progress, evaluate).run()
     finally:
         ranks.leave()
 

@@ -55,6 +55,13 @@ def generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
+def send(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """An array on the device. Pinned on the way: a copy from other memory may wait for the GPU."""
+    sent = torch.from_numpy(numbers)
+    sent = sent.pin_memory() if device.type == "cuda" else sent
+    return sent.to(device, non_blocking=True)
+
+
 def default_budget(config: ModelConfig, device: torch.device, recompute: bool) -> int:
     """Tokens of a chunk whose activations fit the free memory with room to spare.
 
