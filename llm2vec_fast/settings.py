@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from llm2vec_fast.model.config import ModelConfig
+from llm2vec_fast.model.lora import WEIGHTS as ADAPTER_WEIGHTS
 from llm2vec_fast.model.source import Sources
 from llm2vec_fast.text import OfficialTokenizer, Template, TextTokenizer, find_template
 
@@ -74,6 +76,36 @@ def settle(
         "template": str(chosen),
         "compat": compat,
     }
+
+
+def adapter_hashes(sources: Sources) -> list[str]:
+    """sha256 of the weights of each adapter, in their order."""
+    hashes = []
+    for directory in sources.adapters:
+        with open(directory / ADAPTER_WEIGHTS, "rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashes
+
+
+def refuse_incomplete(sources: Sources) -> None:
+    """An adapter that was trained on top of others is nothing without them: ValueError if one of
+    them is not merged before it. Adapters of other programs do not tell.
+    """
+    below = [_read(directory / OWN_FILE).get("stacked_on") or [] for directory in sources.adapters]
+    if not any(below):
+        return
+    there = set(_read(sources.base / OWN_FILE).get("merged", []))
+    for directory, wanted, own in zip(
+        sources.adapters, below, adapter_hashes(sources), strict=True
+    ):
+        if not there.issuperset(wanted):
+            raise ValueError(
+                f"adapter {directory} was trained on top of {len(wanted)} other(s) that are not "
+                "merged before it: name all, in the order of their training, as "
+                "peft_model_name_or_path=[MNTP, SIMCSE]. If the base has them merged already, "
+                f"delete stacked_on from {directory / OWN_FILE}"
+            )
+        there.add(own)
 
 
 def make_tokenizer(sources: Sources, settings: dict, config: ModelConfig) -> TextTokenizer:

@@ -185,3 +185,39 @@ def test_what_cannot_be_run(place, words, told):
     words = [str(place / "mntp.json") if word == "FILE" else word for word in words]
     done = CliRunner().invoke(app, words)
     assert isinstance(done.exception, ValueError) and told in str(done.exception)
+
+
+@pytest.mark.parametrize("kind", ["mntp", "simcse", "supervised"])
+def test_all_fields_as_a_file_to_fill_in(kind, tmp_path):
+    told = CliRunner().invoke(app, ["train", kind, "--fields"])
+    assert told.exit_code == 0
+    fields = json.loads(told.stdout)
+    assert ("mlm_probability" in fields) == (kind == "mntp") and fields["lora_r"] == 16
+    path = tmp_path / "config.json"
+    path.write_text(told.stdout)
+    with pytest.raises(ValueError, match="model_name_or_path is missing"):
+        load(kind, path)
+    filled = {"model_name_or_path": "m", "output_dir": "o", "train_file": "t.jsonl"}
+    config, lines = load(kind, path, filled)
+    assert lines == [] and config == load(kind, None, filled)[0]
+
+
+def test_a_bad_eval_file_is_told_before_the_model_is_loaded(place):
+    words = ["--eval_file", str(place / "none.csv"), "--model_name_or_path", "/no/model"]
+    done = CliRunner().invoke(app, ["train", "mntp", str(place / "mntp.json"), *words])
+    assert isinstance(done.exception, FileNotFoundError) and "none.csv" in str(done.exception)
+
+
+def test_how_to_load_what_was_trained_is_said(finished, place):
+    told = (
+        f"LLM2Vec.from_pretrained('{place / 'base'}', ['{place / 'mntp'}', '{place / 'simcse'}'])"
+    )
+    assert told in finished["simcse"].stderr
+
+
+@pytest.mark.parametrize(("rank", "count"), [("0", 1), ("1", 0)])
+def test_one_rank_tells_what_is_ignored(place, rank, count):
+    words = ["train", "mntp", str(place / "mntp.json"), "--model_name_or_path", "/no/model"]
+    done = CliRunner().invoke(app, words, env={"RANK": rank})
+    assert "/no/model" in str(done.exception)
+    assert done.stderr.count("attn_implementation: ignored") == count

@@ -91,8 +91,13 @@ def compare(
     measure:  (model, spec) -> figures
     output:   written after every model: what is done is not lost to a model that cannot be loaded
     progress: told the label of each model before it is loaded
-    raises:   ValueError for `standardize` where the task has no use for it
+    raises:   ValueError for `standardize` where the task has no use for it, and for an output that
+              is a directory; OSError if its directory cannot be made
     """
+    if output is not None:  # before hours are spent
+        if Path(output).is_dir():
+            raise ValueError(f"the output {output} is a directory: name a file, such as a .json")
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
     if report.task != "sts" and any(spec.standardize for spec in specs):
         raise ValueError("standardize=true is a control of `eval sts` alone: leave it out")
     for spec in specs:

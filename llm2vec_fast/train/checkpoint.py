@@ -120,6 +120,8 @@ def read_state(directory: Path) -> dict:
     path = directory / STATE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory} is no checkpoint: it has no {STATE}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(state, dict) or not isinstance(state.get("step"), int):
@@ -156,6 +158,8 @@ def newest(
 
 def refuse_others(directory: Path, theirs: dict, ours: dict) -> None:
     """Raises CheckpointError with each difference between two runs."""
+    if theirs.get("kind") != ours.get("kind"):  # every other difference follows from it
+        theirs, ours = ({"kind": run.get("kind")} for run in (theirs, ours))
     names = [k for k in (*ours, *(theirs.keys() - ours.keys())) if theirs.get(k) != ours.get(k)]
     if names:
         shown = [f"{k}: {theirs.get(k)!r:.200} there, {ours.get(k)!r:.200} here" for k in names]

@@ -155,7 +155,7 @@ ONLY = {  # fields that some trainings do not use: said, not silently dropped
     **dict.fromkeys(("line_by_line", "validation_file"), _MNTP),
     **dict.fromkeys(("validation_split_percentage", "max_eval_samples"), _MNTP),
     **dict.fromkeys(("dataset_config_name", "text_column"), _TEXTS),
-    "simcse_dropout": ("simcse",),
+    **dict.fromkeys(("simcse_dropout", "compat"), ("simcse",)),
     **dict.fromkeys(("loss_scale", "symmetric", "gather_negatives", "mask_duplicates"), _PAIRS),
     "loss_class": _PAIRS,
     **dict.fromkeys(("homogeneous_batches", "negatives_per_query"), _TASKS),

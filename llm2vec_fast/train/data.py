@@ -13,16 +13,12 @@ import numpy as np
 
 from llm2vec_fast.corpus.read import Columns, Rows, open_sources
 from llm2vec_fast.text.tokenize import TextTokenizer, clean
-from llm2vec_fast.train.order import Order
-from llm2vec_fast.train.pairs import Example, check_limit, read_pairs
+from llm2vec_fast.train.pairs import check_limit
 
 __all__ = [
     "Chunks",
-    "Example",
-    "Order",
     "Texts",
     "load_dataset_texts",
-    "read_pairs",
     "read_texts",
     "text_keys",
 ]
@@ -61,7 +57,8 @@ def read_texts(
                     if row.error:
                         raise ValueError(f"training text {row.id}: {row.error}")
                     _add(texts, row.text, limit)
-    return _some(texts, f"{source}")
+    names = [source] if isinstance(source, str | Path) else source
+    return _some(texts, ", ".join(map(str, names)))
 
 
 def load_dataset_texts(

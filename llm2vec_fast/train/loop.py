@@ -79,6 +79,11 @@ class Loop:
         from transformers import get_scheduler  # takes seconds to import
 
         warmup = self.config.warmup_steps or math.ceil(self.config.warmup_ratio * self.total)
+        if warmup >= self.end:  # the recipe's 300 steps, and a small data set
+            self.progress.say(
+                f"the run ends after {self.end} steps, within its warm-up of {warmup}: the "
+                "learning_rate is never reached. Set warmup_steps or warmup_ratio"
+            )
         return get_scheduler(
             self.config.lr_scheduler_type,
             self.optimizer.adamw,
@@ -132,10 +137,10 @@ class Loop:
         saves = last or (config.save_strategy == "steps" and self.step % config.save_steps == 0)
         waits = evaluates or saves or self.device.type != "cuda"
         self._read(0 if waits else LAG)
+        if saves:
+            self._save()  # first: an evaluation is a user's code, and may fail
         if evaluates:
             self._evaluate()
-        if saves:
-            self._save()
 
     def _fetch(self, stats: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         """Starts the copy to the host; the event says when it is there."""

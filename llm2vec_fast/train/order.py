@@ -8,20 +8,18 @@ import numpy as np
 class Order:
     """Rows of every step and rank, in a fresh permutation each epoch.
 
-    count:     rows of the data set
-    batch:     rows that each rank takes in a step
-    seed:      not negative; the same on all ranks
-    world:     number of ranks; they take consecutive slices of one global batch, so that `world`
-               ranks of `batch` see together what one rank of `world * batch` sees
-    rank:      this rank
-    groups:    (count,) numbers or names, such as the task of each row: a global batch then holds
-               rows of one group only, and batches of all groups are shuffled together
-    drop_last: leave out what does not fill a global batch (of each group, another part each epoch).
-               Else such a shorter batch is taken too, at a random place in the epoch, split evenly
-               over the ranks; only what cannot be split (fewer rows than ranks) is left out
-    raises:    ValueError when no batch can be filled, and on arguments out of range
+    count:  rows of the data set
+    batch:  rows that each rank takes in a step
+    seed:   not negative; the same on all ranks
+    world:  number of ranks; they take consecutive slices of one global batch, so that `world`
+            ranks of `batch` see together what one rank of `world * batch` sees
+    rank:   this rank
+    groups: (count,) numbers or names, such as the task of each row: a global batch then holds
+            rows of one group only, and batches of all groups are shuffled together
+    raises: ValueError when no batch can be filled, and on arguments out of range
 
-    `steps_per_epoch` is the same in every epoch; `left_out` counts the rows an epoch does not take.
+    What does not fill a global batch (of each group) is left out, another part each epoch.
+    `steps_per_epoch` is the same in every epoch.
     """
 
     def __init__(
@@ -32,7 +30,6 @@ class Order:
         world: int = 1,
         rank: int = 0,
         groups: np.ndarray | None = None,
-        drop_last: bool = True,
     ):
         if batch < 1:
             raise ValueError(f"a batch must have at least 1 row per rank, got {batch}")
@@ -45,16 +42,11 @@ class Order:
         self.count, self.batch, self.seed = count, batch, seed
         self.world, self.rank = world, rank
         names, self._group, sizes = _grouped(count, groups)
-        self._starts, self._shares = _cut(sizes, batch * world, world, drop_last)
+        self._starts = _starts(sizes, batch * world)
         self.steps_per_epoch = len(self._starts)
-        self.left_out = count - world * int(self._shares.sum())
         if not self.steps_per_epoch:
-            raise ValueError(_too_few(names, sizes, batch, world, drop_last))
+            raise ValueError(_too_few(names, sizes, batch, world))
         self._laid_out: tuple[int, np.ndarray, np.ndarray] | None = None  # the last epoch asked for
-
-    def epoch(self, step: int) -> int:
-        """The epoch, from 0, of a step, from 0."""
-        return step // self.steps_per_epoch
 
     def rows(self, step: int) -> np.ndarray:
         """(batch,) int64: the rows that this rank takes in a step; steps go on beyond an epoch."""
@@ -62,9 +54,8 @@ class Order:
             raise ValueError(f"steps count from 0, got {step}")
         epoch, at = divmod(step, self.steps_per_epoch)
         shuffled, batches = self._layout(epoch)
-        share = self._shares[batches[at]]
-        start = self._starts[batches[at]] + self.rank * share
-        return shuffled[start : start + share].copy()
+        start = self._starts[batches[at]] + self.rank * self.batch
+        return shuffled[start : start + self.batch].copy()
 
     def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows, shuffled within their groups, which stand one after another; and the sequence
@@ -90,21 +81,14 @@ def _grouped(count: int, groups: np.ndarray | None) -> tuple[list, np.ndarray, n
     return names.tolist(), numbers, sizes
 
 
-def _cut(sizes: np.ndarray, whole: int, world: int, drop_last: bool):
-    """Where each batch starts in the rows laid group after group, and a rank's share of it."""
-    starts, shares, first = [], [], 0
-    for size in sizes.tolist():
-        begin = np.arange(0, size, whole)
-        share = np.minimum(whole, size - begin) // world
-        kept = share == whole // world if drop_last else share > 0
-        starts.append(first + begin[kept])
-        shares.append(share[kept])
-        first += size
-    none = np.empty(0, np.int64)
-    return np.concatenate([none, *starts]), np.concatenate([none, *shares])
+def _starts(sizes: np.ndarray, whole: int) -> np.ndarray:
+    """Where each whole batch starts in the rows laid group after group."""
+    firsts = np.cumsum(sizes) - sizes
+    found = [first + whole * np.arange(n) for first, n in zip(firsts, sizes // whole, strict=True)]
+    return np.concatenate([np.empty(0, np.int64), *found])
 
 
-def _too_few(names: list, sizes: np.ndarray, batch: int, world: int, drop_last: bool) -> str:
+def _too_few(names: list, sizes: np.ndarray, batch: int, world: int) -> str:
     most = int(sizes.max(initial=0))
     if names == [None] or not names:
         have = f"{most} rows"
@@ -113,7 +97,6 @@ def _too_few(names: list, sizes: np.ndarray, batch: int, world: int, drop_last: 
         have += f"{most} rows"
     if most < world:
         return f"{have}, fewer than the {world} ranks: give more data or use fewer ranks"
-    assert drop_last
     return (
         f"{have}, fewer than one global batch of {batch} x {world} ranks = {batch * world}: lower "
         f"per_device_train_batch_size to at most {most // world}, or give more data"

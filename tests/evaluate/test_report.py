@@ -93,3 +93,12 @@ print([name for name in ("triton", "transformers") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path):
+    specs = parse_specs(["/no/model"])
+    with pytest.raises(ValueError, match="is a directory: name a file"):
+        compare(report(), specs, None, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        compare(report(), specs, None, tmp_path / "file" / "figures.json")

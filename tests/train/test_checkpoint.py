@@ -210,3 +210,16 @@ def test_everything_is_json_and_safetensors(tmp_path):
     path = write(tmp_path, 4)
     assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
     assert json.loads((path / checkpoint.STATE).read_text())["step"] == 4
+
+
+def test_another_kind_of_training_is_told_as_that_alone(tmp_path):
+    """Not as all the fields that the two kinds do not share."""
+    theirs = RUN | {"kind": "mntp", "mlm_probability": 0.2}
+    write(tmp_path, 1, run=theirs)
+    with pytest.raises(CheckpointError, match=r"\(kind: 'mntp' there, 'simcse' here\)"):
+        checkpoint.newest(tmp_path, RUN | {"kind": "simcse", "loss_scale": 20.0}, pytest.fail)
+
+
+def test_a_directory_that_is_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=f"is no checkpoint: it has no {checkpoint.STATE}"):
+        checkpoint.read(tmp_path / "none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from llm2vec_fast.train import config as config_module
 from llm2vec_fast.train.config import (
     COMMON,
     DEFAULTS,
@@ -281,7 +283,6 @@ OTHER = {  # for every field a value that is not its default
         "device": "cuda:1",
         "pooling_mode": "eos_token",
         "template": "[INST] {text} [/INST]",
-        "compat": "official",
         "dataset_name": "x",
         "dataset_config_name": "y",
         "train_file": None,
@@ -327,6 +328,7 @@ OTHER = {  # for every field a value that is not its default
         "eval_file": "sts.tsv",
     },
     "simcse": {
+        "compat": "official",
         "simcse_dropout": 0.1,
         "loss_scale": 30.0,
         "symmetric": True,
@@ -565,7 +567,7 @@ def test_every_number_has_a_range():
 @pytest.mark.parametrize("name", CHOICES.keys() - {"kind"})
 def test_an_unknown_choice_is_refused_with_the_known_ones(name):
     with pytest.raises(ValueError, match=f"{name} 'odd' is unknown; known: {CHOICES[name][0]}, "):
-        settled(**{name: "odd"})
+        settled(ONLY.get(name, KINDS)[0], **{name: "odd"})
 
 
 @pytest.mark.parametrize(
@@ -650,3 +652,24 @@ def test_reading_a_configuration_imports_no_transformers():
         "sys.exit(bool({'transformers', 'triton', 'datasets'} & {*sys.modules}))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def attributes_of(source: Path, *objects: str) -> set[str]:
+    """Attributes that a module reads of objects by these names (`config`, `self.config`)."""
+    found = set()
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in objects:
+            found.add(node.attr)
+    return found
+
+
+def test_every_field_is_read_somewhere():
+    """A field that nothing reads is a setting that silently does nothing."""
+    package = Path(config_module.__file__).parent
+    modules = [path for path in package.glob("*.py") if not path.name.startswith("config")]
+    read = set()
+    for module in [*modules, package.parent / "cli.py"]:
+        read |= attributes_of(module, "config", "settled", "self.config")
+    assert "files" in read
+    read |= attributes_of(package / "config.py", "self")  # those that the property `files` reads
+    assert {field.name for field in dataclasses.fields(Config)} - read == set()

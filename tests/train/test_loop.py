@@ -298,6 +298,19 @@ def test_the_time_of_figures_is_no_time_of_steps(make, tmp_path):
     assert all(line["tokens_per_s"] > 50 for line in lines(tmp_path) if "loss" in line)
 
 
+def test_a_warm_up_that_outlasts_the_run_is_said(make, monkeypatch):
+    told = []
+    monkeypatch.setattr(Progress, "say", lambda self, text: told.append(text))
+    make(warmup_steps=8)
+    assert told == []
+    make(warmup_steps=9)
+    make(warmup_steps=5, stop_after_n_steps=4)
+    assert [line.split(":")[0] for line in told] == [
+        "the run ends after 9 steps, within its warm-up of 9",
+        "the run ends after 4 steps, within its warm-up of 5",
+    ]
+
+
 def test_cutting_the_log(tmp_path):
     path = tmp_path / LOG
     cut_log(path, 3)
@@ -444,9 +457,9 @@ def test_from_a_checkpoint_by_its_path(make, tmp_path, whole):
     assert elsewhere.prepared == [8] and weights(tmp_path, "other") == whole[1]
 
 
-def test_from_a_path_that_is_damaged_or_another_runs(make, tmp_path):
+def test_from_a_path_that_is_no_checkpoint_or_another_runs(make, tmp_path):
     make(stop_after_n_steps=4).run()
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match="none is no checkpoint"):
         make(resume_from_checkpoint=str(tmp_path / "none")).run()
     with pytest.raises(CheckpointError, match="seed: 1 there"):
         make(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"), made_of={}).run()

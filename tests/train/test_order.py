@@ -26,12 +26,12 @@ def cases(draw):
     count = draw(st.integers(1, 120))
     batch, world = draw(st.integers(1, 9)), draw(st.integers(1, 4))
     names = draw(st.none() | st.lists(st.sampled_from("abc"), min_size=count, max_size=count))
-    drop_last, seed = draw(st.booleans()), draw(st.integers(0, 2**63))
+    seed = draw(st.integers(0, 2**63))
     groups = None if names is None else np.array(names)
     options = {"count": count, "batch": batch, "seed": seed, "groups": groups}
     most = count if groups is None else np.unique(groups, return_counts=True)[1].max()
-    assume(most >= (batch * world if drop_last else world))
-    return options | {"drop_last": drop_last}, world
+    assume(most >= batch * world)
+    return options, world
 
 
 @settings(max_examples=150, deadline=None)
@@ -42,17 +42,15 @@ def test_what_holds_for_every_order(case, epoch):
     orders = all_ranks(world, **options)
     epochs = [epoch_of(order, epoch) for order in orders]
     taken = np.concatenate([np.concatenate(batches) for batches in epochs])
-    assert len(taken) == len(set(taken.tolist())) == count - orders[0].left_out
+    assert len(taken) == len(set(taken.tolist()))
     assert taken.min() >= 0 and taken.max() < count
 
     whole = options["batch"] * world
     sizes = [count] if groups is None else np.unique(groups, return_counts=True)[1].tolist()
-    unit = whole if options["drop_last"] else world
-    assert orders[0].left_out == sum(size % whole % unit for size in sizes)
+    assert len(taken) == count - sum(size % whole for size in sizes)
     for step in range(orders[0].steps_per_epoch):
         shares = [batches[step] for batches in epochs]
-        assert len({len(share) for share in shares}) == 1 and len(shares[0])
-        assert len(shares[0]) == options["batch"] or not options["drop_last"]
+        assert {len(share) for share in shares} == {options["batch"]}
         if groups is not None:
             assert len(set(groups[np.concatenate(shares)])) == 1
 
@@ -61,11 +59,7 @@ def test_what_holds_for_every_order(case, epoch):
 @given(cases())
 def test_ranks_together_are_one_rank_with_a_larger_batch(case):
     options, world = case
-    options |= {"drop_last": True}
-    try:
-        orders = all_ranks(world, **options)
-    except ValueError:
-        assume(False)
+    orders = all_ranks(world, **options)
     alone = Order(**options | {"batch": options["batch"] * world})
     assert alone.steps_per_epoch == orders[0].steps_per_epoch
     for step in range(2 * alone.steps_per_epoch):
@@ -97,13 +91,6 @@ def test_epochs_and_seeds_differ():
     assert all(sorted(rows) == list(range(64)) for rows in seen)
 
 
-def test_epoch_of_a_step():
-    order = Order(10, 3, seed=0)
-    assert order.steps_per_epoch == 3
-    assert [order.epoch(step) for step in (0, 2, 3, 8, 9)] == [0, 0, 1, 2, 3]
-    assert Order(10, 3, seed=0, drop_last=False).steps_per_epoch == 4
-
-
 def test_the_order_stays_the_same_over_versions():
     """A checkpoint of today must go on tomorrow: these rows may never change."""
     assert Order(10, 4, seed=42).rows(0).tolist() == [4, 8, 1, 9]
@@ -125,7 +112,7 @@ def test_batches_of_all_tasks_are_mixed():
     # another remainder of each task is left out in another epoch
     order = Order(1000, 30, seed=0, groups=groups)
     left = [set(range(1000)) - set(np.concatenate(epoch_of(order, e)).tolist()) for e in (0, 1)]
-    assert order.left_out == len(left[0]) == len(left[1]) == 40 and left[0] != left[1]
+    assert len(left[0]) == len(left[1]) == 40 and left[0] != left[1]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +122,6 @@ def test_batches_of_all_tasks_are_mixed():
         ({"count": 7, "batch": 4, "world": 2}, "per_device_train_batch_size to at most 3"),
         ({"count": 0, "batch": 4}, "give more data"),
         ({"count": 3, "batch": 1, "world": 4}, "fewer than the 4 ranks"),
-        ({"count": 3, "batch": 9, "world": 4, "drop_last": False}, "fewer than the 4 ranks"),
         (
             {"count": 5, "batch": 4, "groups": np.array(list("abaab"))},
             "largest, 'a', has 3 rows, fewer than one global batch",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from llm2vec_fast.model.checkpoint import WeightsError
 from llm2vec_fast.train import checkpoint, load, run, train
 from llm2vec_fast.train.checkpoint import CheckpointError
 from llm2vec_fast.train.loop import LOG, RESOLVED, TrainingError
+from llm2vec_fast.train.run import how_to_load, load_encoder
 
 TEXTS = [f"{'a list of values, ' * (n % 5)}number {n} of a dictionary" for n in range(60)]
 ASKED = ["the keys of a dict", "a list", "one two three numbers of many"]
@@ -133,6 +135,20 @@ def test_the_adapter_read_back_is_the_model_that_was_trained(trained, place, kin
     assert model.settings["enable_bidirectional"] is True
 
 
+def test_an_adapter_is_not_read_without_those_below_it(trained, place, tmp_path):
+    """Its vectors would be wrong without a word. A base with them merged says so itself."""
+    base, mntp, simcse = place / "base", *(trained(kind)[0] for kind in ("mntp", "simcse"))
+    for adapters in ([simcse], [simcse, mntp], [trained("supervised")[0], simcse]):
+        with pytest.raises(ValueError, match="on top of 1 other.* not merged before it: name all"):
+            encode(base, adapters)
+    whole, vectors = encode(base, [mntp, simcse])
+    below, _ = encode(base, [mntp])
+    below.save(tmp_path / "merged", merge_before_save=True)
+    torch.testing.assert_close(encode(tmp_path / "merged", [simcse])[1], vectors)
+    whole.save(tmp_path / "one")  # of both: nothing is below it any more
+    torch.testing.assert_close(encode(base, [tmp_path / "one"])[1], vectors)
+
+
 def peft_states(base, adapters, ids):
     """Hidden states of transformers and PEFT: all adapters but the last merged, as officially."""
     peft = pytest.importorskip("peft")
@@ -196,6 +212,44 @@ def test_held_out_text_is_looked_at(settle, tmp_path):
     assert figures[-1][1] < figures[0][1]
 
 
+@pytest.mark.parametrize("kind", ["mntp", "simcse"])
+def test_the_template_of_the_model_stays_with_the_adapter(settle, place, kind):
+    """MNTP trains on plain text, but what is encoded later has the template of the model."""
+    config = settle(kind, template="<|im_start|>{text}<|im_end|>", max_steps=1)
+    train(config)
+    model, _ = encode(place / "base", [config.output_dir])
+    assert model.settings["template"] == config.template
+    above = load_encoder(
+        settle("simcse", "above", peft_model_name_or_path=config.output_dir), torch.device("cpu")
+    )
+    assert above.settings["template"] == config.template
+
+
+def test_mntp_does_not_put_the_template_around_its_texts(settle, tmp_path):
+    train(settle("mntp", "plain", max_steps=1))
+    train(settle("mntp", "other", max_steps=1, template="<|im_start|>{text}<|im_end|>"))
+    assert losses(tmp_path / "plain") == losses(tmp_path / "other")
+
+
+def test_an_adapter_is_read_from_any_directory(settle, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    train(settle("simcse", model_name_or_path="base", max_steps=1))
+    monkeypatch.chdir(tmp_path)
+    _, found = encode("out", [])
+    torch.testing.assert_close(found, encode(place / "base", ["out"])[1])
+
+
+def test_how_a_training_is_loaded(settle, trained, place):
+    for kind in ("mntp", "simcse"):
+        output, _, vectors, config = trained(kind)
+        model = eval(how_to_load(config), {"LLM2Vec": LLM2Vec})
+        torch.testing.assert_close(model.float().encode(ASKED), vectors, rtol=0.1, atol=0.1)
+        assert model.sources.adapters[-1] == output
+        assert len(model.sources.adapters) == 1 + (kind == "simcse")
+    whole = settle("simcse", full_finetuning=True)
+    assert how_to_load(whole) == f"LLM2Vec.from_pretrained({whole.output_dir!r})"
+
+
 # --- going on, and not ---
 
 
@@ -240,9 +294,10 @@ def test_other_data_and_another_model_are_refused(settle, place, tmp_path, tiny_
     config = settle("simcse", train_file=str(texts))
     adapter = settle("mntp", "below", max_steps=1)
     train(adapter)
-    with pytest.raises(CheckpointError, match=r"peft_model_name_or_path.*model: '\w+' there"):
+    with pytest.raises(CheckpointError, match=r"model: '\w+' there"):
         train(replace(config, peft_model_name_or_path=(adapter.output_dir,)))
-    train(config)
+    moved = texts.rename(tmp_path / "moved.txt")  # known by what it holds, not by where it lies
+    assert train(replace(config, train_file=(str(moved),))).steps == config.max_steps
 
 
 # --- bad input ---
@@ -329,6 +384,52 @@ def test_a_broken_adapter_in_the_output_is_no_obstacle(settle, tmp_path):
     (tmp_path / "out" / "adapter_model.safetensors").write_bytes(b"torn")
     with pytest.raises(WeightsError, match="not a valid safetensors"):
         train(settle("simcse", "next", peft_model_name_or_path=str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("kind", ["simcse", "mntp"])
+def test_an_output_that_is_a_model_being_read(settle, place, tmp_path, kind):
+    """An adapter beside the base's weights would be part of the base from then on."""
+    base = place / "base"
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    with pytest.raises(ValueError, match="is a model that this training reads"):
+        train(settle(kind, str(base / "." / ""), max_steps=1))
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+    below = settle("mntp", "below", max_steps=1)
+    train(below)
+    with pytest.raises(ValueError, match="is a model that this training reads"):
+        train(settle(kind, "below", peft_model_name_or_path=below.output_dir, max_steps=1))
+
+
+def test_an_output_that_holds_another_model(settle, place, tmp_path):
+    shutil.copytree(place / "base", tmp_path / "out")
+    with pytest.raises(ValueError, match="holds a whole model"):
+        train(settle("simcse", max_steps=1))
+    with pytest.raises(ValueError, match="holds a whole model"):
+        train(settle("simcse", full_finetuning=True, max_steps=1))
+    assert not (tmp_path / "out" / RESOLVED).exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        train(settle("simcse", "file"))
+
+
+def test_an_adapter_does_not_join_the_whole_model_of_an_earlier_run(settle, tmp_path):
+    train(settle("simcse", full_finetuning=True, max_steps=1))
+    train(settle("simcse", full_finetuning=True, max_steps=1))  # its own is no obstacle
+    with pytest.raises(ValueError, match="holds a whole model"):
+        train(settle("simcse", overwrite_output_dir=True, max_steps=1))
+
+
+def test_a_single_text_cannot_be_split(settle, tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("a list of values\n")
+    with pytest.raises(ValueError, match="sets the only training text aside"):
+        train(settle("mntp", train_file=str(path), validation_split_percentage=10))
+
+
+def test_an_eval_file_that_nobody_would_read(settle, tmp_path):
+    with pytest.raises(ValueError, match="evaluate=lambda encoder"):
+        train(settle("simcse", eval_file="sts.csv"))
+    assert not (tmp_path / "out").exists()
 
 
 # --- losses that are not finite; disks ---
