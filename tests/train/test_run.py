@@ -139,7 +139,7 @@ def test_an_adapter_is_not_read_without_those_below_it(trained, place, tmp_path)
     """Its vectors would be wrong without a word. A base with them merged says so itself."""
     base, mntp, simcse = place / "base", *(trained(kind)[0] for kind in ("mntp", "simcse"))
     for adapters in ([simcse], [simcse, mntp], [trained("supervised")[0], simcse]):
-        with pytest.raises(ValueError, match="on top of 1 other.* not merged before it: name all"):
+        with pytest.raises(ValueError, match=r"on top of 1 other.* not merged before it: name all"):
             encode(base, adapters)
     whole, vectors = encode(base, [mntp, simcse])
     below, _ = encode(base, [mntp])
