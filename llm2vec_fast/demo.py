@@ -44,7 +44,8 @@ def run() -> None:
         f"and {' + '.join(ADAPTERS)}"
     )
     model = LLM2Vec.from_pretrained(directory, ADAPTERS, max_length=128)
-    output = work / f"vectors-{hashlib.sha256(corpus.read_bytes()).hexdigest()[:12]}"
+    made_of = corpus.read_bytes() + model.describe()["fingerprint"].encode()
+    output = work / f"vectors-{hashlib.sha256(made_of).hexdigest()[:12]}"
     print(embed(corpus, model, output, id_column="id", keep=["text"], normalize=True))
     for query, hits in zip(QUERIES, search(output, QUERIES, k=3, model=model), strict=True):
         show_hits(query, hits)
