@@ -22,7 +22,7 @@ from llm2vec_fast.model.config import ModelConfig
 from llm2vec_fast.model.heap import keep_freed_memory
 from llm2vec_fast.model.selfcheck import check_attention_mode
 from llm2vec_fast.model.source import Sources, absolute, resolve
-from llm2vec_fast.model.transformer import Transformer
+from llm2vec_fast.model.transformer import NO_DROPOUT, Dropout, Transformer
 from llm2vec_fast.settings import (
     OFFICIAL,
     OFFICIAL_FILE,
@@ -154,10 +154,15 @@ class LLM2Vec(nn.Module):
             "fingerprint": self.sources.fingerprint(),
         }
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """(B, D) fp32 vectors of a packed batch on the model's device."""
+    def forward(
+        self, batch: PackedBatch, drop: Dropout = NO_DROPOUT, recompute: bool = False
+    ) -> Tensor:
+        """(B, D) fp32 vectors of a packed batch on the model's device.
+
+        drop, recompute: for training, as of `Transformer.forward`
+        """
         mode = POOLING[self.settings["pooling_mode"]]
-        return ops.pool(self.model(batch), batch.spans, mode)
+        return ops.pool(self.model(batch, drop, recompute), batch.spans, mode)
 
     def encode(
         self,

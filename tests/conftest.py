@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -252,6 +253,23 @@ def rounded_once():
         assert ((got.double() - truth).abs() <= half_ulp + 1e-6 * truth.abs().max()).all()
 
     return check
+
+
+@pytest.fixture(scope="session")
+def room_for():
+    """with room_for(size): no file can grow beyond it: a full disk, also for root."""
+    resource = pytest.importorskip("resource")
+
+    @contextmanager
+    def limit(size: int):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
 
 
 class Place(NamedTuple):

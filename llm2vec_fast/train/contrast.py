@@ -21,7 +21,6 @@ from llm2vec_fast import ops
 from llm2vec_fast.batch import PackedBatch
 from llm2vec_fast.encoder import LLM2Vec
 from llm2vec_fast.model.transformer import Dropout
-from llm2vec_fast.settings import POOLING
 from llm2vec_fast.text import Tokens, pack
 from llm2vec_fast.train.ranks import ALONE, Ranks
 from llm2vec_fast.train.work import send
@@ -116,9 +115,7 @@ class Contrast:
 
     def embed(self, chunk: Chunk) -> Tensor:
         """(B, D) fp32 vectors of a chunk's texts."""
-        hidden_TD = self.encoder.model(chunk.batch, chunk.drop, self.recompute)
-        mode = POOLING[self.encoder.settings["pooling_mode"]]
-        return ops.pool(hidden_TD, chunk.batch.spans, mode)
+        return self.encoder(chunk.batch, chunk.drop, self.recompute)
 
     def loss(self, vectors_BD: Tensor, batch: Batch) -> Tensor:
         return ops.info_nce(

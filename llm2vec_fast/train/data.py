@@ -274,3 +274,8 @@ def text_keys(texts: Iterable[str]) -> np.ndarray:
         for text in texts
     )
     return np.frombuffer(digests, "<i8").astype(np.int64)
+
+
+def fingerprint(texts: Iterable[str]) -> str:
+    """A hash of all texts in their order."""
+    return hashlib.sha256(text_keys(texts).tobytes()).hexdigest()

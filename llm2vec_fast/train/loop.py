@@ -105,7 +105,9 @@ class Loop:
         self.told_tokens, self.told_flop = self.tokens, 0.0
         if self.step == 0:
             self._evaluate()
-        with ThreadPoolExecutor(1, "prepare") as pool, self.progress:
+        # A thread begins on GPU 0, and would pin its memory through that.
+        here = () if self.device.type != "cuda" else (torch.cuda.set_device, (self.device,))
+        with ThreadPoolExecutor(1, "prepare", *here) as pool, self.progress:
             self.progress.start(self.step, self.end)
             ahead = pool.submit(self.objective.prepare, self.step) if self.step < self.end else None
             while ahead is not None:

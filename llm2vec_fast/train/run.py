@@ -56,7 +56,6 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Summary:
               newest checkpoint; on a CPU with the same losses, bit for bit
     raises:   ValueError for what a user can mend, TrainingError if the loss is not finite
     """
-    torch.manual_seed(config.seed)  # nothing here draws from it; what a user adds might
     refuse_impossible(config, evaluate)
     device = choose_device(local_device(config.device), None)
     ranks = Ranks.join(device)

@@ -14,7 +14,7 @@ from llm2vec_fast.model.work import forward_flop
 from llm2vec_fast.text import Tokens
 from llm2vec_fast.train.config import Config
 from llm2vec_fast.train.contrast import Batch, Contrast, assemble
-from llm2vec_fast.train.data import text_keys
+from llm2vec_fast.train.data import fingerprint, text_keys
 from llm2vec_fast.train.order import Order
 from llm2vec_fast.train.ranks import ALONE, Ranks
 from llm2vec_fast.train.work import Work, default_budget, generator
@@ -103,10 +103,3 @@ class SimCSE(Contrastive):
         keys = None if self.keys is None else np.tile(self.keys[rows], 2)
         drop = Dropout(self.config.simcse_dropout, self.config.lora_dropout, seed)
         return assemble(tokens * 2, len(rows), self.budget, self.encoder.device, drop, keys)
-
-
-def fingerprint(texts: Sequence[str]) -> str:
-    """A hash of all texts in their order."""
-    import hashlib
-
-    return hashlib.sha256(text_keys(texts).tobytes()).hexdigest()

@@ -10,10 +10,10 @@ from llm2vec_fast.encoder import LLM2Vec
 from llm2vec_fast.model.transformer import Dropout
 from llm2vec_fast.train.config import Config
 from llm2vec_fast.train.contrast import Batch, assemble
-from llm2vec_fast.train.data import text_keys
+from llm2vec_fast.train.data import fingerprint, text_keys
 from llm2vec_fast.train.pairs import Example
 from llm2vec_fast.train.ranks import Ranks
-from llm2vec_fast.train.simcse import Contrastive, fingerprint
+from llm2vec_fast.train.simcse import Contrastive
 
 
 class Supervised(Contrastive):

@@ -204,9 +204,9 @@ def test_documents_above_the_budget(model, run, tmp_path, monkeypatch):
     path, batches, forward = tmp_path / "t.txt", [], model.model.forward
     path.write_text("\n".join(texts) + "\n")
 
-    def seen(batch):
+    def seen(batch, *training):
         batches.append((batch.n_tokens, len(batch.spans)))
-        return forward(batch)
+        return forward(batch, *training)
 
     monkeypatch.setattr(model.model, "forward", seen)
     run(path, tokens_per_batch=12)
@@ -292,21 +292,9 @@ def test_another_model(run, lines, directory, tmp_path, change, told):
 # --- disks ---
 
 
-@contextmanager
-def room_for(size: int):
-    """No file can grow beyond this: the OSError of a full disk, also for root."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("output_format", ["parquet", "npy"])
 @pytest.mark.parametrize(("left", "size"), [(0, 100), (0, 2000), (2, 0), (2, 1000), (4, 3)])
-def test_a_disk_that_fills_up(run, lines, tmp_path, left, size, output_format):
+def test_a_disk_that_fills_up(room_for, run, lines, tmp_path, left, size, output_format):
     """While writing the manifest, shards, locks, the summary: it is told where, and goes on."""
     out = tmp_path / "out"
     run(lines, "whole", output_format=output_format)

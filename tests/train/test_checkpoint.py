@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -26,18 +25,6 @@ def write(output, step, keep=None, run=RUN, save_model=nothing, size=64):
 
 def steps(output) -> list[int]:
     return [int(path.name.split("-")[1]) for path in checkpoint.found(output)]
-
-
-@contextmanager
-def room_for(size: int):
-    """No file can grow beyond this: a full disk, also for root."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_there_and_back(tmp_path):
@@ -176,7 +163,7 @@ def test_what_run_a_directory_is_of(tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 100, 900], ids=["nothing", "a little", "half the tensors"])
-def test_a_full_disk(tmp_path, size):
+def test_a_full_disk(room_for, tmp_path, size):
     """At the model's files, the tensors: it is told where, nothing is left, nothing is lost."""
     write(tmp_path, 2, size=400)
     before = {f.name: f.read_bytes() for f in (tmp_path / "checkpoint-2").iterdir()}

@@ -92,7 +92,7 @@ MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
 ADAPTER = {
     LLAMA2: "McGill-NLP/LLM2Vec-Llama-2-7b-chat-hf-mntp",
     LLAMA3: "McGill-NLP/LLM2Vec-Meta-Llama-3-8B-Instruct-mntp",
-    LLAMA31: "/home/toolkit/llm2vec/output/mntp/Meta-Llama-3.1-8B-Instruct/checkpoint-1000",
+    LLAMA31: "output/mntp/Meta-Llama-3.1-8B-Instruct/checkpoint-1000",
     MISTRAL: "McGill-NLP/LLM2Vec-Mistral-7B-Instruct-v2-mntp",
     SHEARED: "McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp",
 }

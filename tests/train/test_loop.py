@@ -232,6 +232,7 @@ def late(monkeypatch):
         return made
 
     monkeypatch.setattr(torch.Tensor, "to", _to(torch.Tensor.to))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     return use
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -452,20 +451,10 @@ def test_a_learning_rate_that_blows_up(settle, tmp_path):
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-@contextmanager
-def room_for(size: int):
-    """No file can grow beyond this: a full disk, also for root."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("size", [0, 3000, 40_000])
-def test_a_full_disk(settle, trained, tmp_path, capsys, size):  # capsys: stderr is no file
+def test_a_full_disk(
+    room_for, settle, trained, tmp_path, capsys, size
+):  # capsys: stderr is no file
     """At the log, the adapter, the optimiser: it is told where, and the same command goes on."""
     train(settle("supervised", save_steps=1, stop_after_n_steps=2))
     out = tmp_path / "out"
