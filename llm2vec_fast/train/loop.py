@@ -117,6 +117,7 @@ class Loop:
                 self._one(work)
         with checkpoint.told_where(self.output):
             self.save_model(self.output)
+        self.ranks.wait()  # gloo may abort a rank that leaves while another still works
         return Summary(str(self.output), self.step, self.tokens, self._elapsed(), self.loss)
 
     def _one(self, work: Work) -> None:

@@ -55,11 +55,11 @@ def out_of_memory_beyond(model, monkeypatch, limit: int):
     """The device has room for `limit` tokens in a batch."""
     forward, seen = model.model.forward, []
 
-    def limited(batch):
+    def limited(batch, *training):
         seen.append(batch.n_tokens)
         if batch.n_tokens > limit:
             raise torch.OutOfMemoryError("out of memory")
-        return forward(batch)
+        return forward(batch, *training)
 
     monkeypatch.setattr(model.model, "forward", limited)
     return seen
@@ -81,11 +81,11 @@ def test_batches_before_the_one_that_failed_are_not_counted_twice(
     tokens = sum(map(len, model.tokenizer(TEXTS, [""] * 40)))
     forward, calls = model.model.forward, []
 
-    def fails_once(batch):
+    def fails_once(batch, *training):
         calls.append(batch.n_tokens)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("out of memory")
-        return forward(batch)
+        return forward(batch, *training)
 
     monkeypatch.setattr(model.model, "forward", fails_once)
     counted = np.zeros(2, dtype=int)

@@ -399,6 +399,7 @@ for backend, symmetric, query, docs, query_keys, doc_keys in torch.load(f"{path}
         loss = info_nce(query, docs, 20.0, symmetric, dist.group.WORLD, **keys)
     results.append((loss.detach(), *torch.autograd.grad(2 * loss, (query, docs))))
 torch.save(results, f"{path}/{rank}.pt")
+dist.barrier()  # a rank that leaves while the other still works can abort in gloo
 dist.destroy_process_group()
 """
 
