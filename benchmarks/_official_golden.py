@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.official import ROOT, run_many
+from llm2vec_fast.adapters import shipped
 
 DATA = ROOT / "tests" / "data"
 TINY = DATA / "tiny_tokenizer"
@@ -105,6 +106,13 @@ VECTOR_TEXTS = (
 VECTOR_CASES: list[dict] = [
     {"pooling_mode": "mean", "enable_bidirectional": True},
     {"pooling_mode": "weighted_mean", "enable_bidirectional": False},
+    # The adapters that our training wrote, read by the official library; smollm2-135m-NAME.
+    {"pooling_mode": "mean", "enable_bidirectional": True, "adapters": ["mntp"]},
+    {
+        "pooling_mode": "mean",
+        "enable_bidirectional": True,
+        "adapters": ["mntp", "simcse", "docstrings"],
+    },
 ]
 KEPT_DIMENSIONS = 16
 
@@ -145,7 +153,9 @@ def _vectors(model: Path) -> list[dict]:
     base = {"action": "encode", "model": str(model), "rows": rows, "batch_size": 1, "threads": 2}
     out = []
     for case in VECTOR_CASES:
-        kinds = [base | case | {"dtype": dtype} for dtype in ("float32", "float64")]
+        adapters = [str(shipped(f"smollm2-135m-{name}")) for name in case.get("adapters", ())]
+        asked = base | case | {"adapters": adapters}
+        kinds = [asked | {"dtype": dtype} for dtype in ("float32", "float64")]
         got, true = (reply["vectors"] for reply in run_many(kinds))
         rounding = np.linalg.norm(got - true, axis=1) / np.linalg.norm(true, axis=1)
         first = [[_six(x) for x in row[:KEPT_DIMENSIONS]] for row in got]

@@ -3,12 +3,16 @@
     python -m benchmarks.recipe data   --shared DIR --work DIR    # the texts to train on
     python -m benchmarks.recipe mntp   --work DIR                 # hours on a CPU; resumes
     python -m benchmarks.recipe simcse --work DIR                 # on top of it; resumes
+    python -m benchmarks.recipe docstrings --work DIR             # supervised, on top; resumes
     python -m benchmarks.recipe table  --shared DIR --work DIR    # STS-B, CoNLL-2000, UNER
     python -m benchmarks.recipe ship   --work DIR                 # the adapters as package data
 
 Texts: WikiText-2 (valid and test), the State of the Union addresses, and the docstrings of this
-Python's standard library; nothing else. Further words after `mntp` and `simcse` are fields of the
-training, as `--max_steps 100`.
+Python's standard library; nothing else. The pairs of `docstrings` are made of the last: a qualified
+name in words and its docstring, the first sentence of a docstring and the rest. The documents of
+the demo are kept out of the pairs; finding each by the words of its name is the table's retrieval
+task: in-domain, and labelled so. Further words after a training are its fields, as
+`--max_steps 100`.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from benchmarks.measure import write_rows
-from llm2vec_fast.demo import docstrings, ensure_model
+from llm2vec_fast.demo import docstrings, ensure_model, sample
 
 HERE = Path(__file__).parent
 ADAPTERS = HERE.parent / "llm2vec_fast/adapters"
@@ -34,6 +38,7 @@ SOURCES = ("wikitext-2/valid.txt", "wikitext-2/test.txt", "state-union/addresses
 HELD_OUT = 150  # texts: every n-th is looked at and not trained on
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
 WORDS = range(6, 61)  # of a sentence for SimCSE
+TRAININGS = ("mntp", "simcse", "docstrings")  # each upon those before it
 
 
 def plain(line: str) -> str:
@@ -64,7 +69,7 @@ def paragraphs(shared: Path) -> Iterator[str]:
 
 
 def make_data(shared: Path, work: Path) -> None:
-    """mntp.jsonl, held_out.jsonl and simcse.jsonl."""
+    """mntp.jsonl, held_out.jsonl, simcse.jsonl, docstrings.jsonl and the collection `names`."""
     work.mkdir(parents=True, exist_ok=True)
     texts = list(dict.fromkeys(paragraphs(shared)))
     step = len(texts) // HELD_OUT
@@ -80,9 +85,54 @@ def make_data(shared: Path, work: Path) -> None:
     )
     pairs = [text for text in found if len(text.split()) in WORDS]
     for name, rows in (("mntp", trained), ("held_out", held_out), ("simcse", pairs)):
-        lines = (json.dumps({"text": text}, ensure_ascii=False) for text in rows)
-        (work / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"{name}: {len(rows)} texts, {sum(map(len, rows))} characters")
+        write_lines(work / f"{name}.jsonl", [{"text": text} for text in rows])
+    write_lines(work / "docstrings.jsonl", list(docstring_pairs()))
+    make_collection(work / "names")
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    characters = sum(len(text) for row in rows for text in row.values())
+    print(f"{path.name}: {len(rows)} rows, {characters} characters")
+
+
+def words_of(name: str) -> str:
+    """A qualified name in words: zipfile.ZipFile.read_all -> zipfile zip file read all."""
+    parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)
+    return " ".join(dict.fromkeys(part.lower() for part in parts))
+
+
+def docstring_pairs() -> Iterator[dict]:
+    """Queries and positives of every docstring but the demo's, each docstring once."""
+    seen = {text for _, text in sample()}
+    for name, text in docstrings():
+        if text in seen:
+            continue
+        seen.add(text)
+        words = words_of(name)
+        yield {"query": words, "positive": text}
+        first, _, rest = text.partition("\n\n")
+        first = " ".join(first.split())
+        if not (len(first.split()) in range(3, 31) and len(rest) >= 40):
+            continue
+        # A name that holds the sentence's first word ("compress") tells that it is a verb.
+        if first.split()[0].lower().rstrip("s") in words.split():
+            first = f"how to {first[0].lower()}{first[1:].rstrip('.')}"
+        yield {"query": first, "positive": rest}
+
+
+def make_collection(directory: Path) -> None:
+    """The demo's documents in BEIR's layout, each asked for by the words of its name."""
+    (directory / "qrels").mkdir(parents=True, exist_ok=True)
+    chosen = sample()
+    write_lines(directory / "corpus.jsonl", [{"_id": f"d{i}", "text": text}
+                                             for i, (_, text) in enumerate(chosen)])  # fmt: skip
+    write_lines(directory / "queries.jsonl", [{"_id": f"q{i}", "text": words_of(name)}
+                                              for i, (name, _) in enumerate(chosen)])  # fmt: skip
+    rows = [f"q{i}\td{i}\t1" for i in range(len(chosen))]
+    lines = ["query-id\tcorpus-id\tscore", *rows]
+    (directory / "qrels/test.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def run_training(kind: str, shared: Path, work: Path, fields: list[str]) -> None:
@@ -96,17 +146,20 @@ def run_training(kind: str, shared: Path, work: Path, fields: list[str]) -> None
     if kind == "mntp":
         given |= {"validation_file": work / "held_out.jsonl", "eval_steps": 500}
     else:
-        given |= {"peft_model_name_or_path": work / "mntp", "eval_steps": 60}
+        below = [str(work / name) for name in TRAININGS[: TRAININGS.index(kind)]]
+        given |= {"peft_model_name_or_path": json.dumps(below), "eval_steps": 60}
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     config = HERE.parent / f"examples/train/smollm2_{kind}.json"
+    kind = "supervised" if kind == "docstrings" else kind
     command = [sys.executable, "-m", "llm2vec_fast", "train", kind, str(config)]
     subprocess.run([*command, *words, *fields], check=True)
 
 
 def models(work: Path) -> dict[str, str]:
     """{row of the table: model as `llm2vec-fast eval` takes it}."""
-    base, mntp, simcse = ensure_model(), work / "mntp", work / "simcse"
-    bi_mntp = f"base={base},adapter={mntp}"
+    base = ensure_model()
+    bi_mntp = f"base={base},adapter={work / 'mntp'}"
+    bi_simcse = f"{bi_mntp},adapter={work / 'simcse'}"
     rows = {
         "causal, mean": f"base={base},causal=true,pooling_mode=mean",
         "causal, weighted mean": f"base={base},causal=true,pooling_mode=weighted_mean",
@@ -115,10 +168,11 @@ def models(work: Path) -> dict[str, str]:
         "Bi, standardised": f"base={base},standardize=true",
         "Bi + MNTP": bi_mntp,
         "Bi + MNTP, standardised": f"{bi_mntp},standardize=true",
-        "Bi + MNTP + SimCSE": f"{bi_mntp},adapter={simcse}",
+        "Bi + MNTP + SimCSE": bi_simcse,
+        "Bi + MNTP + SimCSE + docstrings": f"{bi_simcse},adapter={work / 'docstrings'}",
     }
-    done = {"MNTP": mntp, "SimCSE": simcse}
-    ready = {name for name, path in done.items() if (path / "adapter_config.json").exists()}
+    done = {"MNTP": "mntp", "SimCSE": "simcse", "docstrings": "docstrings"}
+    ready = {name for name, at in done.items() if (work / at / "adapter_config.json").exists()}
     return {
         label: f"{spec},max_length=128,label={label.replace(',', ' -')}"
         for label, spec in rows.items()
@@ -126,42 +180,50 @@ def models(work: Path) -> dict[str, str]:
     }
 
 
+def chosen(work: Path, without: tuple[str, ...]) -> list[str]:
+    """The models of the rows that have none of these words in their name."""
+    rows = models(work).items()
+    return [spec for name, spec in rows if not any(word in name for word in without)]
+
+
 def word_models(work: Path) -> list[str]:
     """Standardising says nothing of words; MNTP models are read one token to the left, too."""
-    rows = {k: v for k, v in models(work).items() if "standard" not in k and "weighted" not in k}
-    moved = {k: v for k, v in rows.items() if "MNTP" in k}
-    named = [spec.replace("causal - mean", "causal") for spec in rows.values()]
-    return named + [f"{v},labels=next_token".replace(",label=", ",label=next token: ")
-                    for v in moved.values()]  # fmt: skip
+    rows = chosen(work, without=("standard", "weighted", "docstrings"))
+    named = [spec.replace("causal - mean", "causal") for spec in rows]
+    return named + [f"{spec},labels=next_token".replace(",label=", ",label=next token: ")
+                    for spec in rows if "label=Bi + MNTP" in spec]  # fmt: skip
 
 
 def make_table(shared: Path, work: Path, quick: bool) -> None:
-    """All figures into benchmarks/results/recipe.json, with the curve of both trainings."""
+    """All figures into benchmarks/results/recipe-smollm2-cpu.json, with the trainings' curves."""
     conll, ewt = shared / "conll2000", shared / "uner-ewt/en_ewt-ud-dev.iob2"
     cut = ["--train-sentences", "300", "--test-sentences", "100"] if quick else []
     cut = cut or ["--train-sentences", "2000", "--test-sentences", "600"]
     tagged = ["--train", str(conll / "train.txt"), "--test", str(conll / "test.txt"), *cut]
     stsb = [str(shared / "stsb/stsb-en-dev.csv"), *(["--limit", "100"] if quick else [])]
     calls = {
-        "sts": (["sts", *stsb], list(models(work).values())),
+        "sts": (["sts", *stsb], chosen(work, without=("docstrings",))),
         "pos": (["word", "--task", "pos", *tagged], word_models(work)),
         "chunk": (["word", "--task", "chunk", *tagged], word_models(work)),
         "ner": (["word", "--task", "ner", "--train", str(ewt), "--test-share", "0.2"],
                 word_models(work)),
+        "retrieval": (["retrieval", str(work / "names")],
+                      chosen(work, without=("standard", "weighted"))),
     }  # fmt: skip
     rows: list[dict] = []
     for name, (words, specs) in calls.items():
         output = work / f"eval-{name}.json"
         given = [word for spec in specs for word in ("--model", spec)]
         command = [sys.executable, "-m", "llm2vec_fast", "eval", *words, "--output", str(output)]
-        subprocess.run([*command, *given], check=True)
+        if not output.exists():  # an hour on a CPU: what is there is not done again
+            subprocess.run([*command, *given], check=True)
         told = json.loads(output.read_text(encoding="utf-8"))
         rows += [
-            {"task": name, "data": told["data"], "model": row["label"], **row["options"],
-             **row["figures"]}
+            {"task": name, "in_domain": name == "retrieval", "data": told["data"],
+             "model": row["label"], **row["options"], **row["figures"]}
             for row in told["rows"]
         ]  # fmt: skip
-    rows += [row for kind in ("mntp", "simcse") for row in curve(work, kind)]
+    rows += [row for kind in TRAININGS for row in curve(work, kind)]
     print(write_rows("recipe-smollm2-cpu", rows))
 
 
@@ -183,8 +245,8 @@ def curve(work: Path, kind: str) -> list[dict]:
 
 
 def ship(work: Path) -> None:
-    """Both adapters in bf16 as package data; their card is written by hand from the table."""
-    for kind in ("mntp", "simcse"):
+    """The adapters in bf16 as package data; their card is written by hand from the table."""
+    for kind in TRAININGS:
         target = ADAPTERS / f"smollm2-135m-{kind}"
         target.mkdir(parents=True, exist_ok=True)
         weights = load_file(work / kind / "adapter_model.safetensors")
@@ -198,7 +260,8 @@ def ship(work: Path) -> None:
             if name == "adapter_config.json":
                 told["base_model_name_or_path"] = BASE_NAME
             if told.get("stacked_on"):  # in bf16 the adapter below is another file
-                told["stacked_on"] = [hash_of(ADAPTERS / "smollm2-135m-mntp")]
+                below = TRAININGS[: TRAININGS.index(kind)]
+                told["stacked_on"] = [hash_of(ADAPTERS / f"smollm2-135m-{name}") for name in below]
             (target / name).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         print(target, sum(file.stat().st_size for file in target.iterdir()), "bytes")
 
@@ -209,16 +272,16 @@ def hash_of(adapter: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("data", "mntp", "simcse", "table", "ship"))
+    parser.add_argument("what", choices=("data", *TRAININGS, "table", "ship"))
     parser.add_argument("--shared", type=Path, default=HERE.parents[1] / "shared/data")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="a small part of the test data")
     told, fields = parser.parse_known_args()
-    if fields and told.what not in ("mntp", "simcse"):
+    if fields and told.what not in TRAININGS:
         parser.error(f"unknown words: {' '.join(fields)}")
     if told.what == "data":
         make_data(told.shared, told.work)
-    elif told.what in ("mntp", "simcse"):
+    elif told.what in TRAININGS:
         run_training(told.what, told.shared, told.work, fields)
     elif told.what == "table":
         make_table(told.shared, told.work, told.quick)

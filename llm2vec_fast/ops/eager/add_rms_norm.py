@@ -24,11 +24,14 @@ def forward(
     y = x.new_empty(x.shape)
     y_TD, rstd_T1 = y.view(T, D), x.new_empty(T, 1, dtype=torch.float32)
     wide_D = weight_D.float()
-    for at, (value_TD,) in scratch(1, T, D):
-        value_TD.copy_(stream_TD[at])
-        square_T1 = torch.linalg.vector_norm(value_TD, dim=-1, keepdim=True).square_()
-        torch.rsqrt(square_T1.div_(D).add_(eps), out=rstd_T1[at])
-        y_TD[at] = value_TD.mul_(rstd_T1[at]).mul_(wide_D)
+    if x.dtype == torch.float32:  # nothing to convert: no scratch
+        torch.rsqrt(_mean_square(stream_TD).add_(eps), out=rstd_T1)
+        torch.mul(stream_TD, rstd_T1, out=y_TD).mul_(wide_D)
+    else:
+        for at, (value_TD,) in scratch(1, T, D):
+            value_TD.copy_(stream_TD[at])
+            torch.rsqrt(_mean_square(value_TD).add_(eps), out=rstd_T1[at])
+            y_TD[at] = value_TD.mul_(rstd_T1[at]).mul_(wide_D)
     return y, r, rstd_T1.view(T) if save else None
 
 
@@ -63,6 +66,11 @@ def backward(
             slope_TD.add_(work_TD.copy_(dr_TD[at]))
         dx.view(T, D)[at] = slope_TD
     return dx, None if dweight_D is None else dweight_D.to(weight_D.dtype)
+
+
+def _mean_square(x_TD: Tensor) -> Tensor:
+    norm_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True)
+    return norm_T1.square_().div_(x_TD.shape[1])
 
 
 def _rows(x: Tensor) -> Tensor:
