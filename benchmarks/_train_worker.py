@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.bench_forward import MODELS, model_of
+from benchmarks.shapes import MODELS, model_of
 from llm2vec_fast import LLM2Vec
 from llm2vec_fast.model import adapt
 from llm2vec_fast.text import Tokens

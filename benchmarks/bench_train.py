@@ -30,9 +30,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bench_forward import MODELS
 from benchmarks.measure import RESULTS, median, write_rows
 from benchmarks.recipe import sentences
+from benchmarks.shapes import MODELS
 from llm2vec_fast.demo import docstrings, ensure_model
 
 RECIPE = {"lora_r": 16, "lora_dropout": 0.05}

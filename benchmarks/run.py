@@ -1,12 +1,12 @@
-"""Every operation against its rivals, in one command that ends inside its budget.
+"""Everything against its rivals, in one command that ends inside its budget.
 
     python -m benchmarks.run --out DIR --minutes 8
 
-Each bench_<op>.py that has `cases(device)` runs in a process of its own: an illegal memory access
-ends one operation's measurement, not all. What is there is written to DIR/kernels-<device>.json
-after every operation, so that a cut run keeps what it has. The time that is left is shared evenly
-among the operations that are left; on a GPU whole training steps (bench_train) follow, with a
-larger share.
+Texts to vectors (bench_encode) come first, with the largest share; then each bench_<op>.py that
+has `cases(device)`, then the start of a process (bench_startup) and, on a GPU, whole training steps
+(bench_train). Each runs in a process of its own: an illegal memory access ends one measurement, not
+all. What is there is written to DIR/kernels-<device>.json after each, so that a cut run keeps what
+it has. The time that is left is shared among what is left.
 """
 
 from __future__ import annotations
@@ -25,25 +25,29 @@ from benchmarks.measure import RESULTS, write_rows
 
 FOLDER = Path(__file__).parent
 # What decides most about speed is measured first; whatever is not named here follows.
-FIRST = ("forward", "attention", "masked_token_loss", "add_rms_norm", "swiglu", "rope", "pool")
-LAST = {"train": 4}  # on a GPU, after the operations: whole steps, with so many shares of the time
+FIRST = ("encode", "attention", "masked_token_loss", "add_rms_norm", "swiglu", "rope", "pool")
+LAST = ("startup", "train")  # after the operations; they have no cases
+ON_GPU = {"train"}  # alone
+SHARES = {"encode": 12, "startup": 2, "train": 4}  # of the time, where an operation has one
 GRACE = 45.0  # seconds: imports and the first compilations, before a process is ended by force
 
 
 def names(asked: list[str], device: str) -> list[str]:
-    """Operations to measure, the most important ones first; on a GPU then what is in LAST.
+    """What to measure, the most important first, and what is in LAST at the end.
 
-    raises: SystemExit if an operation is asked for that has no bench_<op>.py with cases
+    raises: SystemExit if something is asked for that no bench_<name>.py measures on this device
     """
     found = []
     for path in FOLDER.glob("bench_*.py"):
         if "def cases(" in path.read_text(encoding="utf-8"):
             found.append(path.stem.removeprefix("bench_"))
-    if device.startswith("cuda"):
-        found += LAST
+    on_gpu = device.startswith("cuda")
+    there = [name for name in LAST if (FOLDER / f"bench_{name}.py").exists()]
+    found += [name for name in there if name not in found and (on_gpu or name not in ON_GPU)]
     if unknown := set(asked) - set(found):
         raise SystemExit(f"no cases for {', '.join(sorted(unknown))}; there are {sorted(found)}")
-    rank = {name: n for n, name in enumerate(FIRST)} | dict.fromkeys(LAST, len(FIRST) + 1)
+    rank = {name: n for n, name in enumerate(FIRST)}
+    rank |= {name: len(FIRST) + 1 + n for n, name in enumerate(LAST)}
     return sorted(asked or found, key=lambda name: (rank.get(name, len(FIRST)), name))
 
 
@@ -80,7 +84,7 @@ def main() -> None:
     for n, name in enumerate(todo):
         # A process overruns its share by its imports; that is taken off beforehand.
         left = until - time.perf_counter()
-        shares = [LAST.get(other, 1) for other in todo[n:]]
+        shares = [SHARES.get(other, 1) for other in todo[n:]]
         share = left * shares[0] / sum(shares) - 10
         if share < 2:
             rows.append({"op": name, "failed": "not measured: the time was up"})

@@ -1,4 +1,4 @@
-"""PackedBatch: the one value that flows from the tokenizer to the pooling."""
+"""PackedBatch: the one value that flows from the tokenizer to the pooling; and the way back."""
 
 from __future__ import annotations
 
@@ -85,3 +85,35 @@ class PackedBatch:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+
+class Download:
+    """Vectors of texts on their way to the host. Nothing is waited for before `result`.
+
+    n_texts, size: of the result; texts that no batch brings are zero
+    """
+
+    def __init__(self, n_texts: int, size: int, device: torch.device):
+        self.device, self.on_cuda, self.rows = device, device.type == "cuda", []
+        # Filled as batches come. Pinned, or the copies would wait for the device.
+        self.host_ND = torch.empty(n_texts, size, pin_memory=self.on_cuda)
+        self.copied = torch.cuda.Event() if self.on_cuda else None
+        self.filled = 0
+
+    def put(self, rows: np.ndarray, vectors_BD: Tensor) -> None:
+        """Queues the copy of a batch: row rows[b] of the result will be vectors_BD[b]."""
+        place = slice(self.filled, self.filled + len(rows))
+        self.host_ND[place].copy_(vectors_BD, non_blocking=True)
+        self.rows.append(rows)
+        self.filled = place.stop
+        if self.copied is not None:
+            self.copied.record(torch.cuda.current_stream(self.device))
+
+    def result(self) -> np.ndarray:
+        """(n_texts, size) fp32, when the device is done; from any thread."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        vectors = np.zeros(self.host_ND.shape, dtype=np.float32)
+        if self.rows:
+            vectors[np.concatenate(self.rows)] = self.host_ND[: self.filled].numpy()
+        return vectors

@@ -22,6 +22,7 @@ app = typer.Typer(
 eval_app = typer.Typer(help="Measure models, several side by side.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
 Argument, Option = typer.Argument, typer.Option
+INPUTS = Argument(help="Files (txt, jsonl, csv, tsv, parquet; .gz, .zst), folders, globs, URLs, -")
 BIDIRECTIONAL = Option("--bidirectional/--causal", help="The attention mask; default: as saved.")
 MODELS = Option(
     help="Directory or hub name; or fields with commas between: base=DIR, adapter=DIR, "
@@ -34,56 +35,42 @@ DEVICE = Option(help="cpu, cuda, cuda:1; default: a GPU if any")
 
 @app.command()
 def embed(
-    inputs: Annotated[
-        list[str],
-        Argument(help="Files (txt, jsonl, csv, tsv, parquet; .gz, .zst), folders, globs, URLs, -"),
-    ],
+    inputs: Annotated[list[str], INPUTS],
     model: Annotated[str, Option(help="Path or hub name of the model")],
     output: Annotated[Path, Option(help="Directory for the shards; the same one resumes")],
-    adapter: Annotated[list[str] | None, Option(help="LoRA adapter; repeat to stack")] = None,
+    adapters: Annotated[list[str], Option("--adapter", help="LoRA; repeat to stack")] = (),
     whole_files: Annotated[bool, Option("--whole-files", help="Each file is one document")] = False,
     text_column: Annotated[str, Option(help="Column of the text")] = "text",
     id_column: Annotated[str | None, Option(help="Column of the id")] = None,
-    keep: Annotated[list[str] | None, Option(help="Column to carry along; repeat")] = None,
+    keep: Annotated[list[str], Option(help="Column to carry along; repeat")] = (),
     instruction: Annotated[str | None, Option(help="Put before every text")] = None,
     precision: Annotated[str, Option(help="float16 | float32 | int8 | binary")] = "float16",
     output_format: Annotated[str, Option(help="parquet | npy (to map into memory)")] = "parquet",
-    dtype: Annotated[str, Option(help="Computing: auto | bfloat16 | float16 | float32")] = "auto",
+    dtype: Annotated[str, Option(help="auto | bfloat16 | float16 | float32 | fp8")] = "auto",
     truncate_dim: Annotated[int | None, Option(help="Keep the first N dimensions")] = None,
     normalize: Annotated[bool, Option("--normalize", help="To length one")] = False,
-    pooling_mode: Annotated[
-        str | None, Option(help="mean | weighted_mean | last_token ...")
-    ] = None,
+    pooling_mode: Annotated[str | None, Option(help="mean | weighted_mean | last_token ..")] = None,
     max_length: Annotated[int | None, Option(help="Tokens of a document at most")] = None,
-    bidirectional: Annotated[bool | None, BIDIRECTIONAL] = None,
+    enable_bidirectional: Annotated[bool | None, BIDIRECTIONAL] = None,
     tokens_per_batch: Annotated[int | None, Option(help="Tokens in a forward pass")] = None,
     rows_per_shard: Annotated[int, Option(help="Documents of a job and shard")] = 16_384,
     on_error: Annotated[str, Option(help="A row that is not text: raise | skip")] = "raise",
     append: Annotated[bool, Option("--append", help="Add new inputs to a finished job")] = False,
-    verify: Annotated[
-        bool, Option("--verify", help="Read finished shards whole; redo damaged ones")
-    ] = False,
-    unique_ids: Annotated[
-        bool, Option("--unique-ids", help="Refuse an id that occurs twice")
-    ] = False,
-    device: Annotated[str | None, Option(help="cpu, cuda, cuda:1; default: a GPU if any")] = None,
+    verify: Annotated[bool, Option("--verify", help="Redo finished shards if damaged")] = False,
+    unique_ids: Annotated[bool, Option("--unique-ids", help="Refuse ids that occur twice")] = False,
+    device: Annotated[str | None, DEVICE] = None,
+    profile: Annotated[bool, Option("--profile", help="Tell which stage is the limit")] = False,
     as_json: Annotated[bool, Option("--json", help="The summary as one JSON object")] = False,
 ) -> None:
     """Embed a corpus into shards of vectors. Interrupted? The same command resumes.
 
     Several GPUs: torchrun --nproc-per-node 8 -m llm2vec_fast embed ...
     """
+    options = dict(locals())  # the options have the names that the function knows
     from llm2vec_fast.corpus import embed as run
 
-    summary = run(
-        inputs, model, output, adapters=adapter or (), whole_files=whole_files,
-        text_column=text_column, id_column=id_column, keep=keep or (), instruction=instruction,
-        precision=precision, output_format=output_format, dtype=dtype, truncate_dim=truncate_dim,
-        normalize=normalize, pooling_mode=pooling_mode, max_length=max_length,
-        enable_bidirectional=bidirectional, tokens_per_batch=tokens_per_batch,
-        rows_per_shard=rows_per_shard, on_error=on_error, append=append, verify=verify,
-        unique_ids=unique_ids, device=device,
-    )  # fmt: skip
+    del options["as_json"]
+    summary = run(**options)
     if summary.rank == 0:
         typer.echo(summary.as_json() if as_json else str(summary))
 
@@ -254,6 +241,47 @@ def eval_retrieval(
     )  # fmt: skip
 
 
+@eval_app.command("mteb")
+def eval_mteb(
+    tasks: Annotated[
+        list[str], Argument(help="Tasks of mteb by name, or local directories in BEIR's layout")
+    ],
+    model: Annotated[list[str], MODELS],
+    output: Annotated[Path | None, REPORT] = None,
+    results: Annotated[
+        Path | None, Option(help="Directory of mteb's own files; tasks found there are not rerun")
+    ] = None,
+    instructions: Annotated[
+        Path | None, Option(help="JSON: instruction by task's name or type; default: mteb's")
+    ] = None,
+    device: Annotated[str | None, DEVICE] = None,
+) -> None:
+    """Main scores of mteb's tasks, with LLM2Vec's instructions. Needs the extra `mteb`."""
+    from llm2vec_fast import evaluate
+
+    specs = evaluate.parse_specs(model)
+    try:
+        from llm2vec_fast.integrations import mteb
+    except ImportError as error:
+        hint = "pip install 'llm2vec-fast[mteb]'"
+        raise RuntimeError(f"mteb cannot be imported ({error}): {hint}") from error
+    given = None if instructions is None else mteb.read_instructions(instructions)
+    found = [
+        mteb.retrieval_task(Path(task).resolve().name, evaluate.read_collection(task))
+        if Path(task).is_dir()
+        else mteb.find_task(task)
+        for task in tasks
+    ]
+    revisions = {task.metadata.name: task.metadata.revision for task in found}
+    data = {"name": ", ".join(revisions), "revisions": revisions, "instructions": given}
+    data["mteb"] = mteb.VERSION
+    _compare(
+        "mteb", data, specs,
+        lambda model, spec: mteb.scores(model, found, given, results),
+        output, device,
+    )  # fmt: skip
+
+
 def _compare(task: str, data: dict, specs: list, measure, output: Path | None, device) -> None:
     from llm2vec_fast import evaluate
     from llm2vec_fast.doctor import machine
@@ -266,6 +294,42 @@ def _compare(task: str, data: dict, specs: list, measure, output: Path | None, d
     report.show()
     if output is not None:
         typer.echo(f"written: {output}")
+
+
+@app.command()
+def bench(
+    model: Annotated[str, Option(help="Path or hub name of the model")],
+    files: Annotated[
+        list[str] | None,
+        Argument(help="Your texts, as `embed` reads them; default: docstrings of Python's library"),
+    ] = None,
+    adapter: Annotated[list[str] | None, Option(help="LoRA adapter; repeat to stack")] = None,
+    text_column: Annotated[str, Option(help="Column of the text")] = "text",
+    texts: Annotated[int, Option(min=1, help="At most so many, from the first on")] = 200,
+    minutes: Annotated[float, Option(min=0, help="In all; at least two rounds")] = 1,
+    dtype: Annotated[str, Option(help="Computing: auto | bfloat16 | float16 | float32")] = "auto",
+    device: Annotated[str | None, DEVICE] = None,
+    tokens_per_batch: Annotated[int | None, Option(help="Tokens in our forward pass")] = None,
+    output: Annotated[Path | None, Option("--json", help="A file for the rows, too")] = None,
+) -> None:
+    """Your model on your texts: speed of llm2vec-fast and of stock transformers, same vectors."""
+    from llm2vec_fast import bench as run
+    from llm2vec_fast.demo import sample
+    from llm2vec_fast.doctor import machine
+    from llm2vec_fast.encoder import LLM2Vec
+    from llm2vec_fast.model.checkpoint import write_json
+
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise ValueError(f"--json {output}: name a file in a directory that exists")
+    own = run.read_texts(files, text_column, texts) if files else None
+    corpus = own or [text for _, text in sample(texts)]
+    encoder = LLM2Vec.from_pretrained(model, adapter, dtype=dtype, device=device)
+    here = machine()
+    for n, rows in enumerate(run.compare(encoder, corpus, minutes, tokens_per_batch), 1):
+        typer.echo(f"round {n}: {rows[0]['all_seconds'][-1]:.1f} s for ours", err=True)
+        if output is not None:  # after every round: a cut run keeps what it has
+            write_json({"machine": here, "rows": rows}, output)
+    run.show(rows, here)
 
 
 @app.command()

@@ -6,6 +6,7 @@ text -> tokenize -> pack -> PackedBatch -> Transformer -> hidden (T, D) -> ops.p
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -15,14 +16,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llm2vec_fast import ops
-from llm2vec_fast.batch import PackedBatch
-from llm2vec_fast.model import lora, weights
+from llm2vec_fast.batch import Download, PackedBatch
+from llm2vec_fast.model import fp8, lora, weights
 from llm2vec_fast.model.checkpoint import write_json
 from llm2vec_fast.model.config import ModelConfig
+from llm2vec_fast.model.graphs import Graphs
 from llm2vec_fast.model.heap import keep_freed_memory
 from llm2vec_fast.model.selfcheck import check_attention_mode
 from llm2vec_fast.model.source import Sources, absolute, resolve
 from llm2vec_fast.model.transformer import NO_DROPOUT, Dropout, Transformer
+from llm2vec_fast.model.work import default_budget
 from llm2vec_fast.settings import (
     OFFICIAL,
     OFFICIAL_FILE,
@@ -39,9 +42,8 @@ from llm2vec_fast.settings import (
 from llm2vec_fast.text import TextTokenizer, Tokens, pack
 from llm2vec_fast.vectors import check_form, finish
 
-# Texts tokenised, sorted by length and held on the device at a time.
+# Texts tokenised and sorted by length at a time.
 WINDOW = 16_384
-TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16_384}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
 )  # fmt: skip
@@ -56,6 +58,8 @@ class LLM2Vec(nn.Module):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.sources, self.settings = sources, settings
+        self.graphs = Graphs(model)
+        self._budgets: dict[tuple, int] = {}
 
     @classmethod
     def from_pretrained(
@@ -89,7 +93,9 @@ class LLM2Vec(nn.Module):
         doc_max_length:           tokens of the text alone
         skip_instruction:         pool the text only, not the instruction before it
         dtype, torch_dtype:       computing type: auto (bf16 on CUDA; on a CPU bf16 only where it
-                                  has instructions for it, else fp32) | float32 | bfloat16 | float16
+                                  has instructions for it, else fp32) | float32 | bfloat16 |
+                                  float16 | fp8 (projections in e4m3 but for model.fp8.KEEP, all
+                                  else bf16; from compute capability 8.9, slowly simulated on CPUs)
         device, device_map:       default: the GPU if there is one
         compat:                   "fixed", or "official": ids, spans and truncation as llm2vec 0.2.3
         template:                 "auto" (saved, else by the model's name), "none", or
@@ -121,9 +127,13 @@ class LLM2Vec(nn.Module):
         causal = not settings["enable_bidirectional"]
         if target.type == "cpu":
             keep_freed_memory()
+        in_fp8 = kind == torch.float8_e4m3fn
+        kind = torch.bfloat16 if in_fp8 else kind
         model = weights.load(sources.base, config, causal, kind, target)
         lora.merge(model, adapters)
         check_attention_mode(model)
+        if in_fp8:
+            fp8.quantize_(model)
         return cls(model, tokenizer, sources, settings)
 
     @property
@@ -132,6 +142,7 @@ class LLM2Vec(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the hidden states: bfloat16 for a model in fp8."""
         return self.model.embed.weight.dtype
 
     @property
@@ -141,18 +152,25 @@ class LLM2Vec(nn.Module):
 
     @property
     def tokens_per_batch(self) -> int:
-        """Tokens in a forward pass where the caller names no other number."""
-        return TOKENS_PER_BATCH.get(self.device.type, 2048)
+        """Tokens in a forward pass where the caller names no other number. On CUDA it goes by the
+        memory that is free when it is first asked for, and stays.
+        """
+        key = self.device, self.dtype
+        if key not in self._budgets:
+            self._budgets[key] = default_budget(self.model.config, self.dtype, self.device)
+        return self._budgets[key]
 
     def describe(self) -> dict:
         """What decides this model's vectors, as JSON: its origin, settings, and bytes."""
-        return {
+        kept = self.model.fp8_keep
+        told = {
             "base": absolute(self.sources.name),
             "adapters": [absolute(name) for name in self.sources.named_adapters],
             "settings": self.settings,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": str(self.dtype).removeprefix("torch.") if kept is None else "fp8",
             "fingerprint": self.sources.fingerprint(),
         }
+        return told if kept is None else told | {"fp8_keep": list(kept)}
 
     def forward(
         self, batch: PackedBatch, drop: Dropout = NO_DROPOUT, recompute: bool = False
@@ -194,7 +212,8 @@ class LLM2Vec(nn.Module):
                            uint8)
         returns:           (N, D) on the CPU, or (D,) for a single text; [] gives (0, D). An empty
                            text is the zero vector.
-        raises:            ValueError naming the row that is not text, or whose vector is not finite
+        raises:            ValueError naming the row that is not text, whose vector is not finite,
+                           or that does not fit into the device's memory even alone
         """
         texts, instructions, single = _rows(sentences, instruction)
         check_form(self.dimension, truncate_dim, precision)
@@ -203,13 +222,20 @@ class LLM2Vec(nn.Module):
         if show_progress_bar is None:
             show_progress_bar = sys.stderr.isatty() and len(texts) > WINDOW
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
+        queued: deque[tuple[slice, Callable[[], np.ndarray]]] = deque()
         with tqdm(total=len(texts), unit="text", disable=not show_progress_bar) as bar:
             for start in range(0, len(texts), WINDOW):
                 window = slice(start, start + WINDOW)
                 tokens = self.tokenizer(texts[window], instructions[window])
-                vectors[window] = self.embed_tokens(
-                    tokens, tokens_per_batch, batch_size, lambda count, _: bar.update(count)
-                )
+                result = self.embed_tokens(
+                    tokens, tokens_per_batch, batch_size, lambda count, _: bar.update(count),
+                    lambda row, start=start, tokens=tokens: _too_long(start + row, tokens[row]),
+                )  # fmt: skip
+                queued.append((window, result))
+                # While the device computes a window, the next one is tokenised.
+                while len(queued) > (window.stop < len(texts)):
+                    at, result = queued.popleft()
+                    vectors[at] = result()
         bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(bad):
             raise ValueError(
@@ -227,29 +253,63 @@ class LLM2Vec(nn.Module):
         tokens_per_batch: int | None = None,
         batch_size: int | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> np.ndarray:
-        """(N, D) fp32 pooled vectors of tokenised texts; zero for those without tokens.
+        too_long: Callable[[int], None] | None = None,
+    ) -> Callable[[], np.ndarray]:
+        """Queues the forward pass of tokenised texts, one upload and one download a batch; the
+        device is never waited for. A batch that does not fit into its memory is split and tried
+        again, and what is left of the call is packed into batches of half as many tokens.
 
-        One upload per batch, one download at the end; the device is never waited for in between.
-        progress(texts, tokens) is called after each batch.
+        progress: called with (texts, tokens) of each batch that is queued, the empty texts first
+        too_long: called with the row of a text that does not fit even alone; its vector is zero.
+                  Default: a ValueError
+        returns:  a function, for any thread, that waits and gives (N, D) fp32 pooled vectors; zero
+                  for texts without tokens
         """
         full = np.flatnonzero([len(t) > 0 for t in tokens])
         if progress:
             progress(len(tokens) - len(full), 0)
-        out = torch.zeros(len(tokens), self.dimension, device=self.device)
-        lengths = [len(tokens[i]) for i in full]
-        for batch in pack(lengths, tokens_per_batch or self.tokens_per_batch, batch_size):
-            rows = full[batch]
-            packed = PackedBatch.build(
-                [tokens[i].ids for i in rows],
-                [(tokens[i].start, tokens[i].end) for i in rows],
-                self.device,
-            )
-            at = torch.from_numpy(rows).to(self.device, non_blocking=True)
-            out.index_copy_(0, at, self(packed))
+        vectors = Download(len(tokens), self.dimension, self.device)
+
+        def packed(rows: np.ndarray, budget: int) -> deque[np.ndarray]:
+            lengths = [len(tokens[row]) for row in rows]
+            return deque(rows[batch] for batch in pack(lengths, budget, batch_size))
+
+        batches = packed(full, tokens_per_batch or self.tokens_per_batch)
+        while batches:
+            rows = batches.popleft()
+            some = [tokens[row] for row in rows]
+            size = sum(map(len, some))
+            pooled_BD = self._pooled_if_it_fits(some)
+            if pooled_BD is not None:
+                vectors.put(rows, pooled_BD)
+            elif len(rows) > 1:
+                batches = packed(np.concatenate([rows, *batches]), size // 2)
+                continue
+            elif too_long:
+                too_long(int(rows[0]))
+            else:
+                _too_long(int(rows[0]), some[0])
             if progress:
-                progress(len(rows), packed.n_tokens)
-        return out.cpu().numpy()
+                progress(len(rows), size)
+        return vectors.result
+
+    def _pooled_if_it_fits(self, some: Sequence[Tokens]) -> Tensor | None:
+        """(B, D) vectors of one batch, or None if the memory is not enough."""
+        try:
+            return self._pooled(some)
+        except torch.OutOfMemoryError:
+            pass  # the handler keeps the frames, and so what they hold, until it is left
+        self.graphs.clear()
+        torch.cuda.empty_cache()
+        return None
+
+    def _pooled(self, some: Sequence[Tokens]) -> Tensor:
+        ids, spans = [t.ids for t in some], [(t.start, t.end) for t in some]
+        bucket = self.graphs.bucket([len(t) for t in some])
+        if bucket is None:
+            return self(PackedBatch.build(ids, spans, self.device))
+        mode = POOLING[self.settings["pooling_mode"]]
+        return self.graphs.run(bucket.build(ids, spans, self.device), mode)[: len(some)]
 
     def save(
         self, path: str | Path, merge_before_save: bool = False, save_config: bool = True
@@ -260,11 +320,14 @@ class LLM2Vec(nn.Module):
                            adapters is saved as one adapter (several become one of their summed
                            rank); a model without adapters is always written whole.
         save_config:       also llm2vec_config.json
-        raises:            ValueError if the directory holds a model that `save` did not write there
+        raises:            ValueError if the directory holds a model that `save` did not write
+                           there, and for whole weights of a model in fp8
         """
         path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
         as_adapter = bool(self.sources.adapters) and not merge_before_save
+        if self.model.fp8_keep is not None and not as_adapter:
+            raise ValueError("save: weights in fp8 are not written; load with dtype='bfloat16'")
+        path.mkdir(parents=True, exist_ok=True)
         self._make_room(path, as_adapter)
         if as_adapter:
             adapters = [lora.open_adapter(d, self.model.config) for d in self.sources.adapters]
@@ -316,6 +379,13 @@ class LLM2Vec(nn.Module):
             config |= {key: False for key in ("use_sliding_window",) if key in config}
         config.setdefault("_name_or_path", self.sources.base_name)
         return config
+
+
+def _too_long(row: int, tokens: Tokens) -> None:
+    raise ValueError(
+        f"text {row} has {len(tokens)} tokens, which do not fit into the device's memory even "
+        "alone: load the model with a smaller max_length"
+    )
 
 
 def _rows(sentences, instruction: str | None) -> tuple[list[str], list[str], bool]:

@@ -11,13 +11,17 @@ import torch
 
 from llm2vec_fast.model.config import ModelConfig
 from llm2vec_fast.model.lora import WEIGHTS as ADAPTER_WEIGHTS
+from llm2vec_fast.model.sentence_layout import read_layout
 from llm2vec_fast.model.source import Sources
+from llm2vec_fast.ops import available
 from llm2vec_fast.text import OfficialTokenizer, Template, TextTokenizer, find_template
 
 OFFICIAL_FILE = "llm2vec_config.json"
 OWN_FILE = (
     "llm2vec_fast.json"  # what the official file has no room for: its reader refuses other keys
 )
+# The settings in it; the last two only of models of sentence-transformers' layout.
+OWN = ("enable_bidirectional", "template", "verbatim_instruction", "prompts")
 OFFICIAL = {
     "pooling_mode": "mean",
     "max_length": 512,
@@ -45,14 +49,17 @@ def settle(
 ) -> dict:
     """All settings of an encoder as plain JSON values, in the official names where there is one.
 
-    An argument that is None was not given: the file beside the model counts, then the default.
+    An argument that is None was not given: the file beside the model counts, where there is none
+    the files of sentence-transformers (`sentence_layout`), then the default.
     raises: ValueError naming the setting or file and what is wrong with it
     """
     if compat not in ("fixed", "official"):
         raise ValueError(f"compat must be 'fixed' or 'official', got {compat!r}")
     told, own = _read(sources.settings / OFFICIAL_FILE), _read(sources.settings / OWN_FILE)
+    layout = _layout(sources, config) if not told else {}
     settings = {
-        name: _first(official[name], told.get(name), default) for name, default in OFFICIAL.items()
+        name: _first(official[name], told.get(name), layout.get(name), default)
+        for name, default in OFFICIAL.items()
     }
     if official["max_length"] and not official["doc_max_length"] and compat == "fixed":
         settings["doc_max_length"] = official["max_length"]
@@ -66,16 +73,32 @@ def settle(
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     if template != "auto":
         chosen = Template.parse(template)
-    elif own.get("template"):
-        chosen = Template.parse(own["template"])
+    elif own.get("template") or layout:
+        chosen = Template.parse(own.get("template") or layout["template"])
     else:
         chosen = find_template(config.name_or_path, sources.name, sources.base_name)
-    bidirectional = _first(enable_bidirectional, own.get("enable_bidirectional"), True)
-    return settings | {
+    bidirectional = _first(
+        enable_bidirectional, own.get("enable_bidirectional"), layout.get("bidirectional"), True
+    )
+    settings |= {
         "enable_bidirectional": bool(bidirectional),
         "template": str(chosen),
         "compat": compat,
     }
+    if layout or own.get("verbatim_instruction"):  # not said of other models: manifests tell all
+        prompts = layout.get("prompts") or own.get("prompts") or {}
+        settings |= {"verbatim_instruction": True, "prompts": prompts}
+    return settings
+
+
+def own_settings(settings: dict) -> dict:
+    """Those that are saved in OWN_FILE."""
+    return {name: settings[name] for name in OWN if name in settings}
+
+
+def _layout(sources: Sources, config: ModelConfig) -> dict:
+    found = read_layout(sources.settings, config.source)
+    return found or read_layout(sources.base, config.source)
 
 
 def adapter_hashes(sources: Sources) -> list[str]:
@@ -115,6 +138,7 @@ def make_tokenizer(sources: Sources, settings: dict, config: ModelConfig) -> Tex
         sources.tokenizer,
         template=Template.parse(settings["template"]),
         **{name: settings[name] for name in OFFICIAL},
+        verbatim_instruction=settings.get("verbatim_instruction", False),
     )
     if isinstance(tokenizer, OfficialTokenizer):
         tokenizer.end_with(config.family, config.name_or_path or sources.name)
@@ -142,14 +166,21 @@ def choose_device(device, device_map) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The computing type; auto = bf16 on CUDA and on CPUs with instructions for it, else fp32."""
+    """The computing type; auto = bf16 on CUDA and on CPUs with instructions for it, else fp32.
+
+    "fp8" is torch.float8_e4m3fn: that of the projections, everything else computes in bf16
+    raises: ValueError on an unknown type, and if the device cannot multiply fp8
+    """
     name = str(dtype).removeprefix("torch.")
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" or _cpu_has_bf16() else torch.float32
-    if name == "fp8":
-        raise ValueError("dtype 'fp8' is not built yet in this version; use 'bfloat16'")
+    if name in ("fp8", "float8_e4m3fn"):
+        reason = available("fp8_linear", str(device), torch.float8_e4m3fn)["scaled_mm"]
+        if reason and device.type != "cpu":  # a CPU simulates it
+            raise ValueError(f"dtype 'fp8' cannot run on {device}: {reason}; use 'bfloat16'")
+        return torch.float8_e4m3fn
     if name not in DTYPES:
-        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}; got {dtype!r}")
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, fp8; got {dtype!r}")
     return DTYPES[name]
 
 

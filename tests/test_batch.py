@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm2vec_fast.batch import PackedBatch
+from llm2vec_fast.batch import Download, PackedBatch
 
 
 def test_values():
@@ -127,3 +127,35 @@ def test_every_part_is_aligned_whatever_the_lengths(lengths):
     batch = PackedBatch.build([range(n) for n in lengths])
     for part in (batch.ids, batch.positions, batch.cu_seqlens, batch.spans):
         assert part.data_ptr() % 16 == batch.ids.data_ptr() % 16
+
+
+def test_a_download_puts_vectors_where_their_texts_are():
+    download = Download(5, 2, torch.device("cpu"))
+    assert download.result().tolist() == [[0, 0]] * 5
+    vectors = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    download.put(np.array([3, 0]), vectors)
+    vectors.zero_()  # as the memory of a device is used again
+    download.put(np.array([4]), torch.tensor([[5.0, 6.0]]))
+    result = download.result()
+    assert result.tolist() == [[3, 4], [0, 0], [0, 0], [1, 2], [5, 6]]
+    assert result.dtype == np.float32
+    result[0] = 9  # nobody else's
+    assert download.result()[0].tolist() == [3, 4]
+    assert Download(0, 2, torch.device("cpu")).result().shape == (0, 2)
+
+
+@pytest.mark.gpu
+def test_a_download_from_a_gpu_waits_for_nothing_but_its_result():
+    device = torch.device("cuda")
+    download, rows = Download(64, 1000, device), np.arange(64)[::-1].copy()
+    source = torch.randn(64, 1000, device=device)
+    torch.cuda._sleep(100_000_000)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for part in range(4):
+            place = slice(16 * part, 16 * part + 16)
+            download.put(rows[place], source[place] + 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not download.copied.query()
+    np.testing.assert_array_equal(download.result(), (source + 1).flip(0).cpu().numpy())

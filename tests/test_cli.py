@@ -44,10 +44,13 @@ def test_embed_then_search(directory, tmp_path):
     source, out = tmp_path / "t.txt", tmp_path / "out"
     source.write_text("a list of numbers\nthe keys of a dict\n")
     embed = ("embed", str(source), "--model", str(directory), "--output", str(out), "--causal")
-    done = run(*embed)
+    done = run(*embed, "--profile")
     assert done.returncode == 0, done.stderr
     assert "2 documents" in done.stdout and "2 ok" in done.stdout
-    assert "2 reused" in run(*embed).stdout
+    told = json.loads((out / "summary-00000.json").read_text())["profile"]["limit"]
+    assert told in " ".join(done.stderr.split()) and "a free slot" in done.stderr
+    again = run(*embed)
+    assert "2 reused" in again.stdout and "a free slot" not in again.stderr
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["model"]["settings"]["enable_bidirectional"] is False
     found = run("search", str(out), "a list of numbers", "--k", "1", "--json")
@@ -126,7 +129,7 @@ def test_a_full_disk_ends_it_cleanly(directory, corpus, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 
     done = run(*embed, preexec_fn=limit)
-    assert done.returncode == 1 and done.stderr.startswith("error: "), done.stderr
+    assert done.returncode == 1 and "\nerror: " in f"\n{done.stderr}", done.stderr
     assert "could not be written" in done.stderr and "Traceback" not in done.stderr
     assert not list(out.glob("part-*"))
     assert run(*embed).returncode == 0

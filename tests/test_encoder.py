@@ -160,7 +160,6 @@ def test_wrong_arguments_of_encode(model, arguments, told):
         ({"max_length": 0}, "max_length"),
         ({"compat": "old"}, "compat"),
         ({"dtype": "int4"}, "dtype"),
-        ({"dtype": "fp8"}, "fp8"),
         ({"template": "no place"}, "template"),
         ({"device_map": {"a": "cpu", "b": "cpu"}}, "device_map"),
     ],
@@ -270,3 +269,85 @@ def test_bf16_error_is_at_most_half_as_much_between_batchings(directory):
     between = (1 - (together * alone).sum(1)).max()
     own = (1 - (together * truth).sum(1)).max()
     assert own > 0 and between <= own / 2 + 1e-9
+
+
+def with_room_for(model, monkeypatch, limit: int) -> list[int]:
+    """The device has room for `limit` tokens in a batch; returns the batches that are tried."""
+    forward, tried = model.model.forward, []
+
+    def limited(batch, *training):
+        tried.append(batch.n_tokens)
+        if batch.n_tokens > limit:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(batch, *training)
+
+    monkeypatch.setattr(model.model, "forward", limited)
+    return tried
+
+
+def test_a_batch_that_does_not_fit_is_split_and_tried_again(model, monkeypatch):
+    texts = [*TEXTS, "", *TEXTS[::-1]] * 4
+    expected = model.encode(texts)
+    total = sum(map(len, model.tokenizer(texts, [""] * len(texts))))
+    tried = with_room_for(model, monkeypatch, 150)
+    got = model.encode(texts, tokens_per_batch=400)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    failed = [n for n in tried if n > 150]
+    assert 350 >= failed[0] > 150 and len(failed) <= 2  # and nothing as large again
+    assert sum(tried) - sum(failed) == total  # and what was computed stays
+
+
+def test_a_text_that_does_not_fit_alone_is_named(model, monkeypatch):
+    tokens = model.tokenizer(TEXTS, [""] * 5)
+    longest = max(range(5), key=lambda row: len(tokens[row]))
+    tried = with_room_for(model, monkeypatch, len(tokens[longest]) - 1)
+    with pytest.raises(
+        ValueError, match=f"text {longest} has {len(tokens[longest])} tokens.*alone"
+    ):
+        model.encode(TEXTS)
+    monkeypatch.setattr("llm2vec_fast.encoder.WINDOW", 2)
+    with pytest.raises(ValueError, match=f"text {longest} "):  # counted over all windows
+        model.encode(TEXTS)
+    tried.clear()
+    named, counted = [], []
+    result = model.embed_tokens(
+        tokens, progress=lambda *batch: counted.append(batch), too_long=named.append
+    )
+    assert named == [longest]
+    vectors = result()
+    assert not vectors[longest].any() and np.delete(vectors, longest, 0).any(axis=1).all()
+    assert np.sum(counted, axis=0).tolist() == [5, sum(map(len, tokens))]
+
+
+def test_windows_are_queued_one_ahead(model, monkeypatch):
+    """The next window is tokenised before the last one's vectors are waited for."""
+    expected, turns = model.encode(TEXTS), []
+    embed_tokens, tokenize = model.embed_tokens, model.tokenizer.__call__
+
+    def queue(tokens, *rest):
+        turns.append("queue")
+        result = embed_tokens(tokens, *rest)
+        return lambda: turns.append("wait") or result()
+
+    def tokenizer(texts, instructions):
+        turns.append("tokenise")
+        return tokenize(texts, instructions)
+
+    monkeypatch.setattr("llm2vec_fast.encoder.WINDOW", 2)
+    monkeypatch.setattr(model, "embed_tokens", queue)
+    monkeypatch.setattr(model, "tokenizer", tokenizer)
+    torch.testing.assert_close(model.encode(TEXTS), expected, rtol=0, atol=1e-5)
+    assert turns == ["tokenise", "queue"] * 2 + ["wait", "tokenise", "queue", "wait", "wait"]
+
+
+def test_the_budget_is_settled_once(directory, monkeypatch):
+    model = LLM2Vec.from_pretrained(directory, dtype="float32")
+    asked = []
+    monkeypatch.setattr(
+        "llm2vec_fast.encoder.default_budget", lambda *of: asked.append(of) or 100 + len(asked)
+    )
+    assert [model.tokens_per_batch for _ in range(3)] == [101] * 3
+    model.to(torch.bfloat16)
+    assert model.tokens_per_batch == 102
+    cpu = torch.device("cpu")
+    assert [of[1:] for of in asked] == [(torch.float32, cpu), (torch.bfloat16, cpu)]

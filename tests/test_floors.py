@@ -24,8 +24,10 @@ FLOORS = {
     "corpus": 6,
     "train": 7,
     "evaluate": 7,
+    "integrations": 7,
     "show": 8,
     "doctor": 8,
+    "bench": 8,
     "demo": 9,
     "cli": 10,
 }

@@ -100,11 +100,16 @@ def in_order(output: Path, sources: Sequence[Source]) -> list[Source]:
     return sorted(sources, key=lambda source: place.get(source.name, len(known)))
 
 
-def settle_manifest(output: Path, wanted: dict[str, Any], append: bool = False) -> None:
+def settle_manifest(
+    output: Path, wanted: dict[str, Any], append: bool = False, any_budget: bool = False
+) -> dict[str, Any]:
     """Writes the manifest of a new job, or checks that the one there is the same job.
 
-    append: the job there may have fewer inputs; the manifest is rewritten with the new ones
-    raises: ManifestError showing every difference
+    append:     the job there may have fewer inputs; the manifest is rewritten with the new ones
+    any_budget: nobody asked for this number of tokens in a batch (it goes by the free memory, which
+                another rank, or a run that resumes, finds different): the one there holds
+    returns:    the manifest that is there now
+    raises:     ManifestError showing every difference
     """
     wanted = {"format": FORMAT, "made_by": f"llm2vec_fast {__version__}", **wanted}
     wanted = json.loads(json.dumps(wanted))
@@ -116,8 +121,10 @@ def settle_manifest(output: Path, wanted: dict[str, Any], append: bool = False) 
                 f"{output} holds shards but no {MANIFEST}: choose another directory or clear it"
             )
         if _create(output, wanted):
-            return
+            return wanted
     found = read_manifest(output)
+    if any_budget and isinstance(found.get("vectors"), dict):
+        wanted["vectors"]["tokens_per_batch"] = found["vectors"].get("tokens_per_batch")
     same = {"inputs": None, "made_by": None}  # inputs are compared by name, the maker not at all
     differences = [
         *_differences(LATER | found | same, LATER | wanted | same),
@@ -131,7 +138,9 @@ def settle_manifest(output: Path, wanted: dict[str, Any], append: bool = False) 
         )
     new = wanted["inputs"][len(found["inputs"]) :]
     if new:
-        _write(output, {**found, "inputs": found["inputs"] + new}).replace(output / MANIFEST)
+        found = {**found, "inputs": found["inputs"] + new}
+        _write(output, found).replace(output / MANIFEST)
+    return found
 
 
 def read_manifest(output: Path) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,14 +17,16 @@ from llm2vec_fast.corpus.ids import UniqueIds
 from llm2vec_fast.corpus.lock import Locks
 from llm2vec_fast.corpus.pipeline import Clock, Pipeline
 from llm2vec_fast.corpus.plan import STDIN, fingerprint_of, in_order, settle_manifest
-from llm2vec_fast.corpus.progress import Progress
+from llm2vec_fast.corpus.progress import Profile, Progress
 from llm2vec_fast.corpus.read import Columns, Source, open_sources, size_of
+from llm2vec_fast.corpus.summary import Summary
 from llm2vec_fast.corpus.walk import Rank, Walk
 from llm2vec_fast.corpus.worker import (
     ROWS_PER_SHARD,
     Options,
     Work,
     compute,
+    named,
     prepare,
     run_shard,
     store,
@@ -32,49 +34,10 @@ from llm2vec_fast.corpus.worker import (
 from llm2vec_fast.encoder import LLM2Vec
 from llm2vec_fast.vectors import check_form
 
+if TYPE_CHECKING:
+    from llm2vec_fast.corpus.ray import Cluster
+
 __all__ = ["Options", "Summary", "Work", "describe", "embed", "run_shard"]
-
-
-@dataclass
-class Summary:
-    """What a run did; `reused` documents were in valid shards already.
-
-    stages: seconds spent reading, tokenising, in the forward pass, writing (side by side), and
-            waiting: the forward pass for rows
-    """
-
-    output: Path
-    documents: int = 0
-    tokens: int = 0
-    reused: int = 0
-    damaged: int = 0
-    seconds: float = 0.0
-    bytes: int = 0
-    rank: int = 0
-    world: int = 1
-    statuses: Counter = field(default_factory=Counter)
-    stages: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        kinds = ", ".join(f"{n} {status}" for status, n in sorted(self.statuses.items()))
-        seconds = self.seconds or 1e-9
-        stages = ", ".join(f"{name} {spent:.1f}" for name, spent in sorted(self.stages.items()))
-        lines = [
-            f"{self.documents} documents, {self.tokens} tokens in {self.seconds:.1f} s "
-            f"({self.tokens / seconds:.0f} tokens/s, {self.documents / seconds:.1f} documents/s), "
-            f"{self.reused} reused",
-            f"{kinds or 'no documents'}; {self.bytes / 1e6:.1f} MB in {self.output}",
-            f"seconds by stage, side by side: {stages}" if stages else "",
-            f"{self.damaged} damaged shards were done again" if self.damaged else "",
-            f"this is rank {self.rank} of {self.world}" if self.world > 1 else "",
-            *self.notes,
-        ]
-        return "\n".join(filter(None, lines))
-
-    def as_json(self) -> str:
-        """The same for programs."""
-        return json.dumps(vars(self) | {"output": str(self.output)})
 
 
 def embed(
@@ -104,6 +67,8 @@ def embed(
     unique_ids: bool = False,
     device: str | None = None,
     show_progress: bool = True,
+    profile: bool = False,
+    cluster: Cluster | None = None,
 ) -> Summary:
     """Embeds a corpus into shards `output`/part-*.parquet. Interrupted, the same call resumes.
 
@@ -120,6 +85,9 @@ def embed(
     append:         the output may be of fewer inputs; those must be unchanged
     verify:         read every byte of finished shards first, and redo the damaged ones
     unique_ids:     refuse ids that occur twice; they are kept on disk in the output directory
+    profile:        print on stderr what the stages did and waited for (it is measured anyway)
+    cluster:        Ray's workers do the jobs (`corpus.ray.Cluster`), not this process; `model` must
+                    be a name then
     The other arguments are those of `LLM2Vec.from_pretrained` and `encode`.
 
     Several processes started by torchrun share the jobs; each uses the GPU of its LOCAL_RANK.
@@ -137,21 +105,40 @@ def embed(
     sources = in_order(output, open_sources(_listed(inputs), whole_files))
     if rank.world > 1 and any(source.name == STDIN for source in sources):
         raise ValueError("standard input cannot be shared among processes: give files")
-    if not isinstance(model, LLM2Vec):
-        model = LLM2Vec.from_pretrained(
-            model, list(adapters), pooling_mode=pooling_mode, max_length=max_length,
-            enable_bidirectional=enable_bidirectional, dtype=dtype, device=_device(device, rank),
+    loading = {
+        "pooling_mode": pooling_mode, "max_length": max_length, "dtype": dtype,
+        "enable_bidirectional": enable_bidirectional, "device": _device(device, rank),
+    }  # fmt: skip
+    with ExitStack() as stack:
+        if cluster is not None:
+            workers = stack.enter_context(cluster.start(model, adapters, loading, output, rank))
+            do_all, wanted = workers.do_all, workers.describe(sources, options)
+        else:
+            if not isinstance(model, LLM2Vec):
+                model = LLM2Vec.from_pretrained(model, list(adapters), **loading)
+            do_all, wanted = partial(_run, model=model), describe(sources, model, options)
+        output.mkdir(parents=True, exist_ok=True)
+        settled = settle_manifest(output, wanted, append, any_budget=tokens_per_batch is None)
+        # What was settled when the job began, whatever memory is free today.
+        options = replace(options, tokens_per_batch=settled["vectors"]["tokens_per_batch"])
+        clean_partials(output)
+        summary = _start(
+            sources, do_all, output, options, rank, verify, unique_ids, show_progress,
+            elsewhere=cluster is not None,
         )  # fmt: skip
-    check_form(model.dimension, truncate_dim, precision)
-    output.mkdir(parents=True, exist_ok=True)
-    settle_manifest(output, describe(sources, model, options), append)
-    clean_partials(output)
-    return _start(sources, model, output, options, rank, verify, unique_ids, show_progress)
+    if profile and rank.rank == 0 and summary.profile:
+        from rich.console import Console
+
+        Console(stderr=True).print(summary.profile)
+    return summary
 
 
 def describe(sources: Sequence[Source], model: LLM2Vec, options: Options) -> dict:
-    """The manifest: everything that decides a vector, and nothing per row."""
+    """The manifest: everything that decides a vector, and nothing per row. Raises ValueError if the
+    model's vectors cannot be given the form that the options name.
+    """
     columns = options.columns
+    check_form(model.dimension, options.truncate_dim, options.precision)
     return {
         "inputs": [fingerprint_of(source) for source in sources],
         "columns": {"text": columns.text, "id": columns.id, "keep": list(columns.keep)},
@@ -187,13 +174,14 @@ def _device(device: str | None, rank: Rank) -> str | None:
 
 def _start(
     sources: Sequence[Source],
-    model: LLM2Vec,
+    do_all: Callable[[Walk], Summary],
     output: Path,
     options: Options,
     rank: Rank,
     verify: bool,
     unique_ids: bool,
     show_progress: bool,
+    elsewhere: bool,
 ) -> Summary:
     """Takes what a run holds on to, runs, and gives it back whatever happens."""
     sizes = [size_of(source) for source in sources]
@@ -206,9 +194,13 @@ def _start(
         if unique_ids:
             ids = stack.enter_context(UniqueIds(output, [source.name for source in sources]))
         walk = Walk(
-            sources, sizes, output, options, rank, locks, progress, Clock(), ids=ids, verify=verify
-        )
-        summary = _run(walk, model)
+            sources, sizes, output, options, rank, locks, progress, Clock(), ids=ids,
+            verify=verify, elsewhere=elsewhere,
+        )  # fmt: skip
+        summary = do_all(walk)
+        summary.reused, summary.damaged = walk.reused, len(walk.damaged)
+        shards = [*output.glob("part-*.parquet"), *output.glob("part-*.npy")]
+        summary.bytes = sum(path.stat().st_size for path in shards)
     if any(source.name == STDIN for source in sources):
         summary.notes.append(
             "standard input cannot be resumed or appended to unless the same bytes come again"
@@ -220,39 +212,41 @@ def _start(
 
 
 def _run(walk: Walk, model: LLM2Vec) -> Summary:
-    """Reading and tokenising, the forward pass, and writing, side by side."""
+    """Reading and tokenising, the forward pass, and writing, side by side. Reading costs a small
+    part of tokenising, which uses all cores: a thread of its own would win nothing.
+    """
     rank, clock, progress, options = walk.rank, walk.clock, walk.progress, walk.options
-    summary = Summary(walk.output, rank=rank.rank, world=rank.world, stages=clock.seconds)
+    summary = Summary(walk.output, rank=rank.rank, world=rank.world)
     line, began = Pipeline(clock), time.monotonic()
 
     def prepared() -> Iterator[Work]:
         for work in walk:
             line.check()
-            with clock.measure("tokenise"), _named(work):
+            with clock.measure("tokenise"), named(work):
                 work = prepare(work, model, options)
             yield work
             del work
 
-    def forward(work: Work) -> Work:
+    def forward(work: Work) -> tuple[Work, tuple]:
         budget = options.tokens_per_batch or model.tokens_per_batch
-        with clock.measure("forward"), _named(work):
-            return compute(work, model, options, _counter(work, budget, line, progress))
+        with named(work):
+            start = _mark(model.device)
+            work = compute(work, model, options, _counter(work, budget, line, progress))
+            return work, (start, _mark(model.device))
 
-    def finish(work: Work) -> None:
-        with clock.measure("write"), _named(work):
+    def finish(made: tuple[Work, tuple]) -> None:
+        work, marks = made
+        with named(work):
+            _measure_gpu(clock, *marks)
             footer = store(work, walk.output, options).footer
-        walk.locks.give_back(work.job.shard)
-        progress.pass_by(work.size)
-        progress.finished(work.size, footer.tokens)
-        summary.documents += footer.rows
-        summary.tokens += footer.tokens
-        summary.statuses.update(footer.statuses)
+        walk.finished(work, footer)
+        summary.add(footer)
 
     line.run(prepared(), forward, finish)
-    summary.reused, summary.damaged = walk.reused, len(walk.damaged)
     summary.seconds = time.monotonic() - began
-    shards = [*walk.output.glob("part-*.parquet"), *walk.output.glob("part-*.npy")]
-    summary.bytes = sum(path.stat().st_size for path in shards)
+    summary.profile = Profile.of(line, summary.seconds)
+    summary.stages = {name: stage.seconds for name, stage in summary.profile.stages.items()}
+    summary.stages["waiting"] = line.clock.seconds["forward", "input"]
     return summary
 
 
@@ -273,12 +267,22 @@ def _counter(work: Work, budget: int, line: Pipeline, progress: Progress):
     return count
 
 
-@contextmanager
-def _named(work: Work) -> Iterator[None]:
-    """Errors tell which rows they are about; interrupts do not."""
-    try:
-        yield
-    except Exception as error:
-        if work.source.name not in str(error):
-            error.add_note(f"in {work}")
-        raise
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    """A place in the GPU's stream, to be waited for by sleeping; None where there is no GPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True, blocking=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _measure_gpu(clock: Clock, start: torch.cuda.Event | None, end: torch.cuda.Event | None):
+    """The GPU's time between two marks. Only the writing thread waits here, for what it is going to
+    write: the forward pass of the next job goes on. No GPU has run this yet.
+    """
+    if start is None:
+        return
+    with clock.measure("write", "the GPU"):
+        end.synchronize()
+    clock.add("gpu", start.elapsed_time(end) / 1000)
+

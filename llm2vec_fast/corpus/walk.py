@@ -51,7 +51,9 @@ class Rank:
 class Walk:
     """Iterates over the jobs of this rank without a valid shard, locked; counts the others.
 
-    verify: read every byte of finished shards, and redo those that are damaged
+    verify:    read every byte of finished shards, and redo those that are damaged
+    elsewhere: the jobs go to other processes, which read the rows themselves where they can: of
+               inputs that can be read from the middle, unless the ids are asked for here
     """
 
     sources: Sequence[Source]
@@ -64,6 +66,7 @@ class Walk:
     clock: Clock
     ids: UniqueIds | None = None
     verify: bool = False
+    elsewhere: bool = False
     reused: int = 0
     damaged: list[str] = field(default_factory=list)
 
@@ -79,19 +82,19 @@ class Walk:
         for n in count():
             job, start = Job(number, n), position
             mine = next(turn) % self.rank.world == self.rank.rank
-            footer, rows = self._finished(job, start, mine), None
+            footer, rows = self._footer(job, start, mine), []
             if footer is not None:
                 position = Position(start.row + footer.rows, footer.end_offset)
                 self._reuse(job, footer, mine)
             else:
                 with self.clock.measure("read"):
-                    if mine:
+                    if mine and not (self.elsewhere and source.seekable and not self.ids):
                         rows, position = reader.take(start)
                     else:
                         position = reader.skip(start)
             last = position.row - start.row < full
             size, passed = self._bytes(source, number, position, passed, last)
-            if rows:
+            if mine and footer is None and position.row > start.row:
                 if self.ids:
                     known = [(start.row + at, r.id) for at, r in enumerate(rows) if not r.error]
                     self.ids.record(job.shard, number, known)
@@ -102,7 +105,13 @@ class Walk:
             if last:
                 return
 
-    def _finished(self, job: Job, start: Position, mine: bool) -> Footer | None:
+    def finished(self, work: Work, footer: Footer) -> None:
+        """To be told of each job when its shard is there."""
+        self.locks.give_back(work.job.shard)
+        self.progress.pass_by(work.size)
+        self.progress.finished(work.size, footer.tokens)
+
+    def _footer(self, job: Job, start: Position, mine: bool) -> Footer | None:
         """The footer of a job's shard; None, and a lock if the job is ours, where it is to do."""
         footer = self._valid_footer(job, start, mine)
         if footer is None and mine:

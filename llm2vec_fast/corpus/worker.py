@@ -5,22 +5,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from llm2vec_fast.corpus.plan import Job
-from llm2vec_fast.corpus.read import Columns, Position, Row, Source
+from llm2vec_fast.corpus.read import Columns, Position, Row, Rows, Source
 from llm2vec_fast.corpus.store import Footer, write_shard
 from llm2vec_fast.encoder import LLM2Vec
 from llm2vec_fast.text import Tokens
 from llm2vec_fast.vectors import finish
 
 ROWS_PER_SHARD = 16_384
-Progress = Callable[[int, int], None]  # (documents, tokens) of a batch that is computed
+Progress = Callable[[int, int], None]  # (documents, tokens) of a batch that is queued
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Work:
     end: Position
     size: int = 0  # bytes of input, for estimates
     tokens: list[Tokens] = field(default_factory=list)  # one a row; empty for rows without text
-    vectors: np.ndarray | None = None
+    vectors: Callable[[], np.ndarray] | None = None  # waits for the device
     footer: Footer | None = None
 
     def name_of(self, at: int) -> str:
@@ -67,8 +67,7 @@ class Work:
         return row if own == f"{self.source.name}:{self.start.row + at}" else f"{row} (id {own})"
 
     def __str__(self) -> str:
-        last = self.start.row + len(self.rows) - 1
-        return f"rows {self.start.row} to {last} of {self.source.name} ({self.job.shard})"
+        return f"rows {self.start.row} to {self.end.row - 1} of {self.source.name} ({self.job.shard})"
 
 
 def prepare(work: Work, encoder: LLM2Vec, options: Options) -> Work:
@@ -98,56 +97,38 @@ def prepare(work: Work, encoder: LLM2Vec, options: Options) -> Work:
 def compute(
     work: Work, encoder: LLM2Vec, options: Options, progress: Progress | None = None
 ) -> Work:
-    """Tokens to fp32 vectors. Batches depend on the job alone, so a resumed run repeats them."""
-    budget = options.tokens_per_batch or encoder.tokens_per_batch
-    while True:
-        done = [0, 0, 0]  # documents, tokens, calls: one for the empty texts, then one a batch
+    """Tokens to fp32 vectors, queued on the device: `store` waits for them. Batches depend on the
+    job alone, so a resumed run repeats them.
 
-        def count(documents: int, tokens: int, done=done) -> None:
-            done[:] = done[0] + documents, done[1] + tokens, done[2] + 1
-            if progress:
-                progress(documents, tokens)
+    raises: ValueError naming a row that does not fit into the device's memory, unless errors are
+            skipped
+    """
 
-        try:
-            work.vectors = encoder.embed_tokens(work.tokens, budget, progress=count)
-            return work
-        except torch.OutOfMemoryError as error:
-            if progress:
-                progress(-done[0], -done[1])
-            budget = _smaller(work, budget, done[2] - 1, options, error)
-        torch.cuda.empty_cache()  # outside of the handler, which keeps the frames and so the memory
+    def too_long(at: int) -> None:
+        told = f"its {len(work.tokens[at])} tokens do not fit into the device's memory"
+        if options.on_error == "raise":
+            raise ValueError(f"{work.name_of(at)}: {told}. Use --max-length, or --on-error skip.")
+        work.tokens[at] = Tokens(work.tokens[at].ids[:0], 0, 0, "error", told)
 
-
-def _smaller(work: Work, budget: int, batch: int, options: Options, error: Exception) -> int:
-    """The budget to try next. A text that did not fit alone is marked as an error instead."""
-    from llm2vec_fast.text import pack
-
-    full = [at for at, tokens in enumerate(work.tokens) if len(tokens)]
-    rows = pack([len(work.tokens[at]) for at in full], budget)[max(batch, 0)]
-    if len(rows) > 1:
-        return max(budget // 2, 1)
-    at = full[rows[0]]
-    told = f"its {len(work.tokens[at])} tokens do not fit into the device's memory"
-    if options.on_error == "raise":
-        raise ValueError(
-            f"{work.name_of(at)}: {told}. Use --max-length, or --on-error skip."
-        ) from error
-    work.tokens[at] = Tokens(work.tokens[at].ids[:0], 0, 0, "error", told)
-    return budget
+    work.vectors = encoder.embed_tokens(
+        work.tokens, options.tokens_per_batch, progress=progress, too_long=too_long
+    )
+    return work
 
 
 def store(work: Work, output: Path, options: Options) -> Work:
-    """Truncates, normalises, quantises, and writes the shard."""
+    """Waits for the vectors, truncates, normalises, quantises, and writes the shard."""
+    vectors, work.vectors = work.vectors(), None  # what they were downloaded into is free again
     statuses = [tokens.status for tokens in work.tokens]
     notes = [tokens.note for tokens in work.tokens]
-    for at in np.flatnonzero(~np.isfinite(work.vectors).all(axis=1)):
+    for at in np.flatnonzero(~np.isfinite(vectors).all(axis=1)):
         if options.on_error == "raise":
             raise ValueError(
                 f"{work.name_of(at)}: the vector is not finite. Use --dtype bfloat16 or float32, "
                 "or --on-error skip."
             )
-        statuses[at], notes[at], work.vectors[at] = "error", "the vector is not finite", 0
-    stored, scale = finish(work.vectors, options.truncate_dim, options.normalize, options.precision)
+        statuses[at], notes[at], vectors[at] = "error", "the vector is not finite", 0
+    stored, scale = finish(vectors, options.truncate_dim, options.normalize, options.precision)
     work.footer = write_shard(
         output / work.job.shard, work.rows, options.columns.keep, stored, scale,
         np.array([len(tokens) for tokens in work.tokens], dtype=np.int32), statuses, notes,
@@ -163,7 +144,39 @@ def run_shard(
     output: Path,
     options: Options,
     progress: Progress | None = None,
+    turn: AbstractContextManager = nullcontext(),  # noqa: B008
 ) -> Footer:
-    """One job, whole: rows to vectors to a finished shard."""
-    work = prepare(work, encoder, options)
-    return store(compute(work, encoder, options, progress), output, options).footer
+    """One job, whole: rows to vectors to a finished shard. A job that comes without its rows, as to
+    another machine, reads them.
+
+    turn: held during the forward pass; a lock where several threads share the encoder
+    """
+    with named(work):
+        if not work.rows:
+            fetch(work, options)
+        prepare(work, encoder, options)
+        with turn:
+            compute(work, encoder, options, progress)
+        return store(work, output, options).footer
+
+
+def fetch(work: Work, options: Options) -> None:
+    """Reads the rows of a job. Raises ValueError if its input has changed since the job was cut."""
+    with Rows(work.source, options.columns, work.start) as rows:
+        work.rows, end = rows.take(options.rows_per_shard)
+    if end != work.end:
+        raise ValueError(
+            f"{work} end at {end} here, they ended at {work.end} where the job was cut: the input "
+            "has changed since, or machines do not see the same file"
+        )
+
+
+@contextmanager
+def named(work: Work) -> Iterator[None]:
+    """Errors tell which rows they are about; interrupts do not."""
+    try:
+        yield
+    except Exception as error:
+        if work.source.name not in str(error):
+            error.add_note(f"in {work}")
+        raise

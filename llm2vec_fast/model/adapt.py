@@ -37,6 +37,8 @@ def attach(
         )
     if rank < 1:
         raise ValueError(f"the rank of an adapter must be at least 1, got {rank}")
+    if model.fp8_keep is not None:
+        raise ValueError("a model in fp8 cannot be trained: load it with dtype='bfloat16'")
     if any(isinstance(m, Linear) and m.lora is not None for m in model.modules()):
         raise ValueError("the model has adapters in training already; load it anew for others")
     model.requires_grad_(False)

@@ -20,6 +20,7 @@ from llm2vec_fast.model.checkpoint import (
     TensorOnDisk,
     WeightsError,
     read_header,
+    read_into,
     read_tensor,
     write_json,
     write_safetensors,
@@ -244,7 +245,12 @@ def _ending(key: str) -> str:
 @torch.no_grad()
 def merge(model: Transformer, adapters: Sequence[Adapter]) -> None:
     """Adds the updates of all adapters to the weights: summed in fp32, rounded once."""
-    parameters = dict(model.named_parameters())
+    if not adapters:
+        return
+    device, parameters = model.embed.weight.device, dict(model.named_parameters())
+    sources = [x for a in adapters for update in a.updates.values() for x in (update.a, update.b)]
+    factors = {source: torch.empty(source.shape, device=device) for source in sources}  # fp32
+    read_into([(factor, source) for source, factor in factors.items()])
     for name, slot in name_map(model.config).items():
         module = name.removesuffix(".weight")
         updates = [a.updates[module] for a in adapters if module in a.updates]
@@ -253,8 +259,7 @@ def merge(model: Transformer, adapters: Sequence[Adapter]) -> None:
         weight_OD = rows_of(parameters[slot.parameter], slot, model.config)
         wide_OD = weight_OD.float()
         for update in updates:
-            a_RD, b_OR = (factor.to(wide_OD.device) for factor in update.factors())
-            wide_OD = torch.addmm(wide_OD, b_OR, a_RD)
+            wide_OD = torch.addmm(wide_OD, factors[update.b] * update.scale, factors[update.a])
         weight_OD.copy_(wide_OD)
 
 

@@ -83,6 +83,15 @@ class Linear(nn.Module):
             dropout_p=drop.lora, seed=drop.seed,
         )  # fmt: skip
 
+    def after_swiglu(self, gate_up_T2F: Tensor, drop: Dropout = NO_DROPOUT) -> Tensor:
+        """The same of silu(gate) * up, in one autograd node with it."""
+        if self.lora is None:
+            return ops.swiglu_linear(gate_up_T2F, self.weight, self.bias)
+        return ops.swiglu_linear(
+            gate_up_T2F, self.weight, self.bias, self.lora.a, self.lora.b, self.lora.segments,
+            dropout_p=drop.lora, seed=drop.seed,
+        )  # fmt: skip
+
 
 class Embedding(nn.Module):
     """Token ids to vectors; like Linear, without initialisation."""
@@ -132,17 +141,15 @@ class MLP(nn.Module):
         self.down = Linear(width, D, config.mlp_bias)
 
     def forward(self, x_TD: Tensor, drop: Dropout = NO_DROPOUT) -> Tensor:
-        gate_up_T2F, down = self.gate_up(x_TD, drop.within(3)), self.down
-        if down.lora is None:
-            return ops.swiglu_linear(gate_up_T2F, down.weight, down.bias)
-        return ops.swiglu_linear(
-            gate_up_T2F, down.weight, down.bias, down.lora.a, down.lora.b, down.lora.segments,
-            dropout_p=drop.lora, seed=drop.within(4).seed,
-        )  # fmt: skip
+        gate_up_T2F = self.gate_up(x_TD, drop.within(3))
+        return self.down.after_swiglu(gate_up_T2F, drop.within(4))
 
 
 class Block(nn.Module):
-    """The residual travels beside the activations: each add fuses into the norm after it."""
+    """The residual travels beside the activations: each add fuses into the norm after it.
+
+    In fp8 (`fp8.quantize_`) the norms give a QuantTensor to the projection that follows.
+    """
 
     def __init__(self, config: ModelConfig, causal: bool, window: int | None):
         super().__init__()
@@ -174,6 +181,7 @@ class Transformer(nn.Module):
         self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, causal, w) for w in config.layer_windows)
         self.norm = Norm(config.hidden_size, config.norm_eps)
+        self.fp8_keep: tuple[str, ...] | None = None  # of a model that fp8.quantize_ changed
         self._rope: Tables | None = None
 
     def forward(

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from llm2vec_fast.model.checkpoint import (
     DTYPES,
-    Reader,
     TensorOnDisk,
     WeightsError,
     open_checkpoint,
+    read_into,
     save_checkpoint,
 )
 from llm2vec_fast.model.config import ModelConfig
@@ -120,10 +120,8 @@ def load(
     }
     model.load_state_dict(empty, assign=True)
     model.requires_grad_(False).eval()
-    parameters, reader = dict(model.named_parameters()), Reader()
-    for slot, source in pairs:
-        reader.read_into(rows_of(parameters[slot.parameter], slot, config), source)
-    reader.refuse_non_finite()
+    parameters = dict(model.named_parameters())
+    read_into([(rows_of(parameters[s.parameter], s, config), source) for s, source in pairs])
     return model
 
 
@@ -146,10 +144,9 @@ def head_of(directory: Path, model: Transformer) -> Callable[[], Tensor]:
             f"{found.path}: 'lm_head.weight' has shape {found.shape}, "
             f"config.json asks for {tuple(model.embed.weight.shape)}"
         )
-    like, reader = model.embed.weight, Reader()  # not empty_like: the embedding may be sharded
+    like = model.embed.weight  # not empty_like: the embedding may be sharded
     head_VD = torch.empty(found.shape, dtype=like.dtype, device=like.device)
-    reader.read_into(head_VD, found)
-    reader.refuse_non_finite()
+    read_into([(head_VD, found)])
     return lambda: head_VD
 
 

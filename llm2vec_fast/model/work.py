@@ -1,4 +1,6 @@
-"""How much arithmetic a pass is, and how fast this machine multiplies: what speed is a share of."""
+"""How much arithmetic and memory a pass is, and how fast this machine multiplies: what speed is a
+share of.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,41 @@ import torch
 
 from llm2vec_fast.model.config import ModelConfig
 
+# Tokens in a forward pass where nobody names another number. On a GPU more makes it no faster, but
+# less memory may allow for less. The share is unmeasured: what is free is also for vectors, CUDA
+# graphs, cuBLAS, and for what an allocator loses to fragments.
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16_384}
+LEAST_TOKENS, SHARE_OF_FREE = 256, 0.5
+
 
 def forward_flop(config: ModelConfig, lengths: Sequence[int]) -> float:
     """Floating-point operations of the forward pass of real tokens: body and attention."""
     body = config.n_parameters - config.vocab_size * config.hidden_size
     attention = 4 * config.n_heads * config.head_dim * config.n_layers
     return float(sum(2 * body * n + attention * n * n for n in lengths))
+
+
+def forward_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Most bytes of activations that live at once in a forward pass, for each token: two inputs of
+    a layer, their sum and its norm, what an MLP or attention makes of it, and its output.
+    """
+    queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    attention = (queries + 2 * keys) + queries
+    if config.qk_norm:  # queries and keys once more, and all three packed again
+        attention += (queries + keys) + (queries + 2 * keys)
+    made = max(3 * config.intermediate_size, attention)  # gate, up and their product
+    return (5 * config.hidden_size + made) * dtype.itemsize
+
+
+def default_budget(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens in a forward pass: on CUDA a power of two that fits the memory that is free now."""
+    most = TOKENS_PER_BATCH.get(device.type, 2048)
+    if device.type != "cuda":
+        return most
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    fitting = max(1, int(SHARE_OF_FREE * free / forward_bytes(config, dtype)))
+    return min(most, max(LEAST_TOKENS, 1 << (fitting.bit_length() - 1)))
 
 
 def matmul_rate(

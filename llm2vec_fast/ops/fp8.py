@@ -13,9 +13,7 @@ call, a row for each token; the scales then leave the product as factors of its 
 So a block of the transformer quantises inside the operations that it runs anyway: both norms write
 e4m3 for the q, k, v and the gate-up product, SwiGLU writes it for the down product, and only the
 output of attention takes a pass of its own, by `quantize_rows`. The residual stream, rope and
-attention stay in bf16. Which products run in fp8 is a field of the model's configuration and a
-matter of measurement: the down product, whose input carries the largest outliers of the network, is
-the first to stay in bf16 (there `swiglu` and the plain product run as ever).
+attention stay in bf16. Which products stay there too is a matter of measurement: `model/fp8.py`.
 
 e4m3 has four significant bits from 448 down to 2^-6 and fewer down to 2^-9: a value within 2^-15 of
 the largest of its row keeps its own precision, about 2.6 % on average, and a product of many is off

@@ -57,12 +57,14 @@ class TextTokenizer:
         max_length: int = 512,
         doc_max_length: int = 400,
         skip_instruction: bool = True,
+        verbatim_instruction: bool = False,
     ):
         self.raw = _load(directory)
         self.template = template or Template()
         self.pooling_mode = pooling_mode
         self.max_length, self.doc_max_length = max_length, doc_max_length
         self.skip_instruction = skip_instruction
+        self.verbatim_instruction = verbatim_instruction  # text follows at once, without a space
         self.raw.no_padding()
         self.raw.no_truncation()
         settings = _settings(directory)
@@ -100,11 +102,12 @@ class TextTokenizer:
         return run(strings, add_special_tokens=False)
 
     def _source(self, text: str, instruction: str) -> Source:
-        text, instruction = clean(text), clean(instruction).strip()
+        text, lead = clean(text), clean(instruction)
+        if not self.verbatim_instruction:
+            lead = f"{lead.strip()} " if lead.strip() else ""
         # Whitespace alone is no text. Asked of the whole text: a clipped one may begin with much.
         if text.isspace() or self.template.prefix or self.template.suffix:
             text = text.strip()
-        lead = f"{instruction} " if instruction else ""
         return Source(self.lead + lead, text, self.tail, False)
 
     def _assemble(self, source: Source, encoding: Encoding) -> Tokens | None:

@@ -9,7 +9,8 @@ import weakref
 
 import pytest
 
-from llm2vec_fast.corpus.pipeline import ALIVE, Pipeline
+from llm2vec_fast.corpus import pipeline as module
+from llm2vec_fast.corpus.pipeline import ALIVE, END, Clock, Pipeline, Queue
 
 SECONDS = 10  # a deadlock fails the test instead of hanging it
 
@@ -54,10 +55,64 @@ def test_order_and_overlap():
             time.sleep(0.01)
             yield n
 
-    line = Pipeline()
-    run(items(), compute, store, line)
+    run(items(), compute, store)
     assert stored == list(range(0, 40, 2)) and len(threads) == 3
-    assert 0 < line.clock.seconds["waiting"]
+
+
+def test_a_measure_within_another_is_not_counted_twice(monkeypatch):
+    now, clock = [0.0], Clock()
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    for _ in range(2):
+        with clock.measure("read"):
+            now[0] += 1
+            with clock.measure("tokenise"):
+                now[0] += 10
+                with clock.measure("tokenise", "a core"):
+                    now[0] += 100
+            with pytest.raises(ValueError), clock.measure("tokenise"):
+                now[0] += 1000
+                raise ValueError
+    assert clock.seconds == {
+        ("read", ""): 2, ("tokenise", ""): 2020, ("tokenise", "a core"): 200
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("slow", ["read", "forward", "write"])
+def test_the_seconds_of_a_thread_are_its_life(slow):
+    def stage(name, item):
+        time.sleep(0.01 if name == slow else 0.001)
+        return item
+
+    line, began = Pipeline(), time.perf_counter()
+    items = (stage("read", n) for n in range(20))
+    run(items, lambda n: stage("forward", n), lambda n: stage("write", n), line)
+    life, spent = time.perf_counter() - began, line.clock.seconds
+    for thread in ("forward", "write"):
+        total = sum(s for (name, _), s in spent.items() if name == thread)
+        assert 0.6 * life < total <= life  # a busy machine takes its part between two measures
+    assert max(("read", "forward", "write"), key=lambda name: spent[name, ""]) == slow
+    assert spent[slow, ""] >= 0.2
+    assert line.jobs == 20 and 0 < line.first_after < life
+
+
+def test_a_queue_knows_its_depths():
+    queue = Queue()
+    for item in (1, 2, 3, END):
+        queue.put(item)
+    assert [queue.get() for _ in range(3)] == [1, 2, 3] and queue.get() is END
+    assert (queue.mean, queue.most) == ((1 + 2 + 3 + 3 + 2 + 1 + 0) / 7, 3)
+
+
+def test_waiting_for_what_is_stored_is_not_work():
+    line = Pipeline()
+
+    def compute(item):
+        line.settle()
+        return item
+
+    run(range(5), compute, lambda item: time.sleep(0.02), line)
+    spent = line.clock.seconds
+    assert spent["forward", "the job before"] > 0.06 > spent["forward", ""]
 
 
 @pytest.mark.parametrize("slow", ["compute", "store"])
@@ -83,9 +138,12 @@ def test_only_a_few_items_are_alive(slow):
 
         return work
 
-    run(items(), stage("compute"), stage("store"))
+    line = Pipeline()
+    run(items(), stage("compute"), stage("store"), line)
     gc.collect()
     assert len(most) == 30 and max(most) <= ALIVE and max(most) > 1
+    full, other = (line.ready, line.made) if slow == "compute" else (line.made, line.ready)
+    assert 1 < full.most <= ALIVE and other.most <= ALIVE and other.mean < full.mean
 
 
 @pytest.mark.parametrize("where", ["read", "compute", "store"])

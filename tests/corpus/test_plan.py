@@ -172,3 +172,28 @@ def test_a_manifest_of_the_first_version_says_nothing_of_the_layout(out, files):
     settle_manifest(out, told(files("a.txt"), output_format="parquet"))
     with pytest.raises(ManifestError, match="output_format"):
         settle_manifest(out, told(files("a.txt"), output_format="npy"))
+
+
+def test_a_budget_that_nobody_asked_for_is_that_of_the_manifest(out, files):
+    """It goes by the free memory: another rank or a later run finds another."""
+    source, later = files("a.txt"), files("b.txt")
+
+    def settle(budget, *sources, **options):
+        vectors = {"tokens_per_batch": budget, "precision": "int8"}
+        return settle_manifest(out, told(*sources, vectors=vectors), **options)["vectors"]
+
+    assert settle(8192, source, any_budget=True)["tokens_per_batch"] == 8192
+    assert settle(4096, source, any_budget=True)["tokens_per_batch"] == 8192
+    assert settle(8192, source)["tokens_per_batch"] == 8192
+    with pytest.raises(ManifestError, match="tokens_per_batch: 8192 there, 4096 now"):
+        settle(4096, source)
+    appended = settle(4096, source, later, append=True, any_budget=True)
+    assert appended == read_manifest(out)["vectors"] == settle(8192, source, later)
+    assert len(read_manifest(out)["inputs"]) == 2
+
+
+def test_a_manifest_without_vectors_is_another_job(out, files):
+    source = files("a.txt")
+    settle_manifest(out, told(source))
+    with pytest.raises(ManifestError, match=r"vectors: None there"):
+        settle_manifest(out, told(source, vectors={"tokens_per_batch": 1}), any_budget=True)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llm2vec_fast import LLM2Vec
-from llm2vec_fast.corpus import embed
+from llm2vec_fast.corpus import embed, run
 from llm2vec_fast.corpus.plan import ManifestError
 from llm2vec_fast.corpus.store import read_footer, read_shard, vectors_of
 
@@ -109,6 +109,57 @@ def test_precisions(model, tmp_path, precision):
         np.testing.assert_allclose(got * scale, raw, atol=float(scale.max()))
     else:
         np.testing.assert_allclose(got, raw, rtol=2e-3, atol=2e-3)
+
+
+def test_a_profile_is_kept_and_printed_where_asked_for(model, tmp_path, monkeypatch, capsys):
+    source, prepare = tmp_path / "t.txt", run.prepare
+
+    def slowly(*given):
+        time.sleep(0.1)
+        return prepare(*given)
+
+    source.write_text("\n".join(lines(30)))
+    model.encode(["the first pass takes longer"])
+    monkeypatch.setattr(run, "prepare", slowly)
+    embed(source, model, tmp_path / "quiet", rows_per_shard=5, show_progress=False)
+    assert capsys.readouterr().err == ""
+    kept = json.loads((tmp_path / "quiet" / "summary-00000.json").read_text())["profile"]
+    assert kept["jobs"] == 6 and set(kept["stages"]) == {"read", "tokenise", "forward", "write"}
+    assert kept["limit"].startswith("tokenising is busy ")
+    assert kept["stages"]["forward"]["waiting"]["input"] > 0.3
+    summary = embed(
+        source, model, tmp_path / "out", rows_per_shard=5, show_progress=False, profile=True
+    )
+    told = capsys.readouterr().err
+    assert "6 jobs in" in told and " ".join(told.split()).endswith(summary.profile.limit)
+
+
+def test_a_gpus_time_is_measured_by_its_own_clock(model, tmp_path, monkeypatch):
+    """With marks that stand for a GPU's events: each job takes it 50 ms, waited for by the writer
+    before it stores.
+    """
+    happened = []
+
+    class Mark:
+        def synchronize(self):
+            happened.append("waited")
+            time.sleep(0.05)
+
+        def elapsed_time(self, end):
+            assert end is not self and happened[-1] == "waited"
+            return 50.0
+
+    store = run.store
+    monkeypatch.setattr(run, "_mark", lambda device: Mark())
+    monkeypatch.setattr(run, "store", lambda *given: happened.append("stored") or store(*given))
+    source = tmp_path / "t.txt"
+    source.write_text("\n".join(lines(30)))
+    summary = embed(source, model, tmp_path / "out", rows_per_shard=5, show_progress=False)
+    stages = summary.profile.stages
+    assert stages["gpu"].seconds == pytest.approx(0.3) == summary.stages["gpu"]
+    assert stages["write"].waiting["the GPU"] * summary.seconds > 0.29
+    assert stages["write"].seconds < summary.seconds - 0.29
+    assert happened == ["waited", "stored"] * 6
 
 
 def test_statuses_of_rows_that_are_not_plain_text(model, tmp_path):

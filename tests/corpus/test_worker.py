@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm2vec_fast import LLM2Vec
+from llm2vec_fast import LLM2Vec, batch
 from llm2vec_fast.corpus import embed, run, worker
 from llm2vec_fast.corpus.plan import Job
 from llm2vec_fast.corpus.read import Columns, Rows, open_sources
@@ -98,6 +98,7 @@ def test_batches_before_the_one_that_failed_are_not_counted_twice(
     monkeypatch.setattr(run.Progress, "update", count)
     embed(source, model, tmp_path / "out", tokens_per_batch=200, show_progress=False)
     assert max(calls[:3]) > 100 >= max(calls[3:])
+    assert calls[0] + calls[1] + sum(calls[3:]) == tokens  # nothing is computed twice
     assert counted.tolist() == [40, tokens]
 
 
@@ -106,17 +107,34 @@ def test_a_text_that_never_fits_is_an_error_of_its_own(model, tmp_path, monkeypa
     expected = model.encode(texts, convert_to_numpy=True)
     source = tmp_path / "t.txt"
     source.write_text("\n".join(texts))
-    out_of_memory_beyond(model, monkeypatch, 80)
+    seen = out_of_memory_beyond(model, monkeypatch, 80)
     with pytest.raises(ValueError, match=r"row 7 of .*t\.txt: its \d+ tokens do not fit"):
         embed(source, model, tmp_path / "raised", show_progress=False)
     out = tmp_path / "out"
+    seen.clear()
     embed(source, model, out, precision="float32", on_error="skip", show_progress=False)
+    assert sum(n for n in seen if n <= 80) == sum(
+        len(tokens) for tokens in model.tokenizer(texts, [""] * 13) if len(tokens) <= 80
+    )
     rows = rows_of(out)
     assert [row["status"] for row in rows] == ["ok"] * 7 + ["error"] + ["ok"] * 5
     assert "do not fit" in rows[7]["note"] and rows[7]["embedding"] is None
     del rows[7]
     got = np.array([row["embedding"] for row in rows])
     np.testing.assert_allclose(got, np.delete(expected, 7, 0), atol=1e-5)
+
+
+def test_the_thread_that_writes_waits_for_the_device(model, source, tmp_path, monkeypatch):
+    """So the next job is queued meanwhile."""
+    waited, result = [], batch.Download.result
+
+    def wait(self):
+        waited.append(threading.current_thread().name)
+        return result(self)
+
+    monkeypatch.setattr(batch.Download, "result", wait)
+    embed(source, model, tmp_path / "out", rows_per_shard=10, show_progress=False)
+    assert waited == ["store"] * 4
 
 
 def test_what_reading_changed_is_noted(model, tmp_path):

@@ -7,7 +7,9 @@ import os
 import random
 import shutil
 import struct
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 from llm2vec_fast.model import ModelConfig, Transformer, checkpoint, weights
 from llm2vec_fast.model.checkpoint import (
     Reader,
+    TensorOnDisk,
     WeightsError,
     open_checkpoint,
     read_header,
@@ -355,13 +358,192 @@ def test_finite_weights_are_not_refused_however_large(tmp_path, dtype):
     assert (read_tensor(read_header(tmp_path / "x.safetensors")["a"], dtype) == huge).all()
 
 
-def test_a_file_that_shrinks_while_it_is_read(tmp_path):
+# --- reading by several threads
+
+CPU = torch.device("cpu")
+
+
+def pairs_of(path: Path, wanted=None, device=CPU) -> list[tuple[torch.Tensor, TensorOnDisk]]:
+    """Empty destinations for a file's tensors, in `wanted` or in the dtypes of the file."""
+    return [
+        (torch.empty(x.shape, dtype=wanted or checkpoint.DTYPES[x.dtype], device=device), x)
+        for x in read_header(path).values()
+    ]
+
+
+@pytest.fixture
+def odd_file(tmp_path, monkeypatch) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Tensors of every dtype, of none, one and odd numbers of elements; 56 bytes make a piece."""
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 56)
+    noise, tensors = torch.Generator().manual_seed(0), {}
+    for dtype in checkpoint.DTYPES.values():
+        for shape in ((), (1,), (0, 3), (7,), (28,), (29,), (37, 11), (3, 5, 7)):
+            values = torch.randn(shape, generator=noise, dtype=torch.float64)
+            tensors[f"{dtype} {shape}"] = values.to(dtype)
+    save_file(tensors, tmp_path / "x.safetensors")
+    return tmp_path / "x.safetensors", tensors
+
+
+def check_equal(pairs, tensors) -> None:
+    assert len(pairs) == len(tensors)
+    for got, source in pairs:
+        assert torch.equal(got.cpu(), tensors[source.name].to(got.dtype)), source.name
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+@pytest.mark.parametrize("wanted", [None, torch.float32, torch.bfloat16])
+def test_threads_bring_the_same_bytes(odd_file, threads, wanted):
+    path, tensors = odd_file
+    pairs = pairs_of(path, wanted)
+    reader = Reader(CPU, threads)
+    reader.read(random.Random(0).sample(pairs, len(pairs)))
+    reader.refuse_non_finite()
+    check_equal(pairs, tensors)
+
+
+def test_several_files_at_once(odd_file, tmp_path):
+    path, tensors = odd_file
+    shutil.copy(path, tmp_path / "y.safetensors")
+    first, second = pairs_of(path), pairs_of(tmp_path / "y.safetensors", torch.float32)
+    Reader(CPU, 3).read(first + second)
+    check_equal(first, tensors)
+    check_equal(second, tensors)
+
+
+def test_weights_that_are_made_in_inference_mode(odd_file):
+    path, tensors = odd_file
+    with torch.inference_mode():
+        pairs = pairs_of(path)
+        Reader(CPU, 3).read(pairs)
+    check_equal(pairs, tensors)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_what_is_not_finite_is_named_whoever_read_it(odd_file, threads):
+    path, tensors = odd_file
+    name = "torch.float16 (37, 11)"
+    tensors[name][-1, -1] = float("nan")
+    save_file(tensors, path)
+    reader = Reader(CPU, threads)
+    reader.read(pairs_of(path))
+    with pytest.raises(WeightsError, match=r"x\.safetensors: 'torch.float16 \(37, 11\)'"):
+        reader.refuse_non_finite()
+
+
+class Pinned(Reader):
+    """The way to a GPU without one: what is queued there runs as late as it may, when an event
+    behind it is waited for. A buffer that is filled again too early gives wrong weights.
+    """
+
+    def __init__(self, threads: int):
+        super().__init__(CPU, threads)
+        self.pinned = True
+        self.queued, self.done, self.most, self.buffers = [], 0, 0, 0
+        self.lock = threading.Lock()
+
+    def _new_buffer(self):
+        self.buffers += 1
+        return torch.full((checkpoint.CHUNK_BYTES,), 255, dtype=torch.uint8)
+
+    def _bring(self, piece, raw):
+        self.queued.append(lambda: super(Pinned, self)._bring(piece, raw))
+        self.most = max(self.most, len(self.queued) - self.done)
+
+    def _event(self, device):
+        behind = len(self.queued)
+        return SimpleNamespace(synchronize=lambda: self.run_until(behind))
+
+    def run_until(self, behind: int) -> None:
+        with self.lock:
+            while self.done < behind:
+                self.queued[self.done]()
+                self.done += 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("wanted", [None, torch.float32])
+def test_a_buffer_waits_for_the_copy_out_of_it(odd_file, threads, wanted):
+    path, tensors = odd_file
+    pairs, reader = pairs_of(path, wanted), Pinned(threads)
+    reader.read(pairs)
+    assert reader.done < len(reader.queued)  # nobody waits for the device at the end
+    reader.run_until(len(reader.queued))
+    reader.refuse_non_finite()
+    check_equal(pairs, tensors)
+    if threads > 1:
+        assert reader.buffers == 2 * threads
+        assert reader.most > 1  # pieces are read while others are copied
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("kept", [-8, 56, 0])
+def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch, threads, kept):
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 56)
     path = tmp_path / "x.safetensors"
-    save_file({"a": torch.ones(100)}, path)
-    source = read_header(path)["a"]
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(WeightsError, match=r"x\.safetensors ended"):
-        Reader().read_into(torch.empty(100), source)
+    save_file({"a": torch.ones(100), "b": torch.ones(100)}, path)
+    pairs = pairs_of(path)
+    os.truncate(path, kept if kept >= 0 else path.stat().st_size + kept)
+    with pytest.raises(WeightsError, match=r"x\.safetensors ended while '[ab]' was being read"):
+        Reader(CPU, threads).read(pairs)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_file_that_vanishes_before_it_is_read(odd_file, threads):
+    pairs = pairs_of(odd_file[0])
+    odd_file[0].unlink()
+    with pytest.raises(WeightsError, match=r"x\.safetensors: 'torch.* cannot be read: .*No such"):
+        Reader(CPU, threads).read(pairs)
+
+
+@pytest.mark.parametrize("where", ["_fill", "_bring"])  # in a thread, in the caller
+@pytest.mark.parametrize("error", [WeightsError, KeyboardInterrupt])
+def test_the_first_error_ends_all_threads(odd_file, monkeypatch, where, error):
+    good, begun = getattr(Reader, where), []
+
+    def fails(self, piece, *more):
+        begun.append(piece)
+        if len(begun) == 5:
+            raise error("the fifth piece")
+        return good(self, piece, *more)
+
+    monkeypatch.setattr(Reader, where, fails)
+    pairs = pairs_of(odd_file[0])
+    with pytest.raises(error, match="the fifth piece"):
+        Reader(CPU, 3).read(pairs)
+    assert len(begun) <= 5 + 2 * 3 < len(pairs)
+    assert not [t for t in threading.enumerate() if t.name.startswith("weights")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wanted", [None, torch.float32, torch.bfloat16])
+def test_pinned_buffers_on_a_gpu(odd_file, wanted):
+    path, tensors = odd_file
+    device = torch.device("cuda", torch.cuda.current_device())
+    pairs, reader = pairs_of(path, wanted, device), Reader(device)
+    reader.read(pairs)
+    reader.refuse_non_finite()
+    assert all(buffer.is_pinned() for buffer in reader._buffers.values())
+    assert len(reader._buffers) == 2 * reader.threads
+    check_equal(pairs, tensors)
+
+
+@pytest.mark.gpu
+def test_large_tensors_on_a_gpu(tmp_path):
+    """Pieces of the real size, more than there are buffers, behind work that is still queued."""
+    noise = torch.Generator().manual_seed(0)
+    values = torch.randint(-99, 99, (151, 1_000_003), generator=noise, dtype=torch.int8).bfloat16()
+    save_file({"a": values, "b": values[:1] + 0.5}, tmp_path / "x.safetensors")
+    busy = torch.randn(8192, 8192, device="cuda")
+    for _ in range(20):
+        busy = busy @ busy * 1e-2
+    del busy  # its memory may be given to the destination, which must then wait
+    pairs = pairs_of(tmp_path / "x.safetensors", device="cuda")
+    checkpoint.read_into(pairs)
+    check_equal(pairs, {"a": values, "b": values[:1] + 0.5})
+    values[77, 5] = float("inf")
+    save_file({"a": values}, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match="'a'"):
+        checkpoint.read_into(pairs_of(tmp_path / "x.safetensors", device="cuda"))
 
 
 # --- random damage

@@ -210,9 +210,9 @@ def test_a_name_with_and_without_its_prefix(tiny_model, tmp_path, monkeypatch):
 # --- memory
 
 MEASURE = """
-import sys, threading, time, torch
+import functools, sys, threading, time, torch
 from pathlib import Path
-from llm2vec_fast.model import ModelConfig, weights
+from llm2vec_fast.model import ModelConfig, checkpoint, weights
 from llm2vec_fast.model.heap import keep_freed_memory
 
 def private():  # without pages of files, which the system takes and gives back as it likes
@@ -229,6 +229,7 @@ def watch():
         seen.append(private())
         time.sleep(0.002)
 
+checkpoint.Reader = functools.partial(checkpoint.Reader, threads=4)
 small, big, dtype = *sys.argv[1:3], getattr(torch, sys.argv[3])
 if sys.argv[4] == "keep":
     keep_freed_memory()  # as LLM2Vec.from_pretrained does on the CPU
