@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from llm2vec_fast.model.config import ModelConfig
 from llm2vec_fast.model.lora import WEIGHTS as ADAPTER_WEIGHTS
 from llm2vec_fast.model.sentence_layout import read_layout
+from llm2vec_fast.model.small_file import read_json
 from llm2vec_fast.model.source import Sources
 from llm2vec_fast.ops import available
 from llm2vec_fast.text import OfficialTokenizer, Template, TextTokenizer, find_template
@@ -203,7 +203,7 @@ def _read(path: Path) -> dict:
     if not path.exists():
         return {}
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(told, dict):

@@ -3,13 +3,18 @@
 modules.json names the modules, 1_Pooling/config.json how vectors are pooled, sentence_bert_config
 .json and the tokenizer how long texts may be, config_sentence_transformers.json the prompts.
 
+Vectors are those of sentence-transformers, with two differences: an empty text is the zero vector,
+and a special token's string in a text is text. An end token that tokenizer_config.json asks for
+(`add_eos_token`: E5-Mistral) is added, as transformers did before version 5.
+
 source: the layouts that sentence-transformers 2 to 6 write
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from llm2vec_fast.model.small_file import read_json
 
 MODULES = "modules.json"
 POOLING = {
@@ -50,7 +55,9 @@ def read_layout(directory: Path, config: dict) -> dict:
                 f"of sentence-transformers' modules only {', '.join(RUNS)} run here"
             )
     pooling = next((m.get("path") for m in modules[1:] if "Pooling" in str(m.get("type"))), None)
-    told = {} if pooling is None else _pooling(directory / str(pooling) / "config.json")
+    if pooling is not None and Path(str(pooling)).name != pooling:
+        raise ValueError(f"{directory / MODULES}: {pooling!r:.80} is no directory beside it")
+    told = {} if pooling is None else _pooling(directory / pooling / "config.json")
     prompts = _read(directory / "config_sentence_transformers.json", dict).get("prompts")
     prompts = prompts if isinstance(prompts, dict) else {}
     longest = _max_length(directory, config)
@@ -94,7 +101,7 @@ def _read(path: Path, kind: type):
     if not path.exists():
         return kind()
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     rows = told if kind is list else [told]

@@ -10,7 +10,6 @@ offsets, and truncation drops tokens from the end of the text alone, never templ
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from tokenizers.pre_tokenizers import Metaspace
 
+from llm2vec_fast.model.small_file import plain_file, read_json
 from llm2vec_fast.text.templates import Template
 
 # Characters kept per token of the limit before tokenising a long text; doubled where too few.
@@ -77,6 +77,15 @@ class TextTokenizer:
                 f"token; the one in {directory} adds none"
             )
         self._prepare()
+
+    def __getstate__(self) -> dict:
+        """`tokenizers` forgets this setting when it is pickled (for worker processes)."""
+        return self.__dict__ | {"literal": self.raw.encode_special_tokens}
+
+    def __setstate__(self, state: dict) -> None:
+        literal = state.pop("literal")
+        self.__dict__ |= state
+        self.raw.encode_special_tokens = literal
 
     def __call__(self, texts: Sequence[str], instructions: Sequence[str]) -> list[Tokens]:
         """Tokenises texts, each with its instruction ("" for none).
@@ -258,7 +267,7 @@ def _load(directory: Path) -> Tokenizer:
     path = directory / "tokenizer.json"
     if path.exists():
         try:
-            return Tokenizer.from_file(str(path))
+            return Tokenizer.from_file(str(plain_file(path)))
         except Exception as error:  # the library raises bare Exception on malformed files
             raise ValueError(f"{path} is not a valid tokenizer: {error}") from error
     from transformers import AutoTokenizer
@@ -278,7 +287,7 @@ def _settings(directory: Path) -> dict:
     if not path.exists():
         return {}
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(told, dict):
@@ -286,4 +295,6 @@ def _settings(directory: Path) -> dict:
     for name in ("bos_token", "eos_token"):
         if isinstance(told.get(name), dict):
             told[name] = told[name].get("content")
+        if not isinstance(told.get(name), str | None):
+            raise ValueError(f"{path}: {name} must be text or null, got {told[name]!r:.80}")
     return told

@@ -21,6 +21,7 @@ from llm2vec_fast.settings import (
     choose_device,
     choose_dtype,
     make_tokenizer,
+    own_settings,
 )
 from llm2vec_fast.train.config import Config, as_json
 from llm2vec_fast.train.data import Chunks, load_dataset_texts, read_texts
@@ -255,7 +256,7 @@ def save_model(config: Config, encoder: LLM2Vec, directory: Path, ranks: Ranks) 
     # max_seq_length bounds what is trained on, not what the encoder reads later.
     told = OFFICIAL | {"pooling_mode": encoder.settings["pooling_mode"]}
     write_json(told, directory / OFFICIAL_FILE)
-    own = {name: encoder.settings[name] for name in ("enable_bidirectional", "template")}
+    own = own_settings(encoder.settings)
     if encoder.sources.adapters:
         own["merged" if config.full_finetuning else "stacked_on"] = adapter_hashes(encoder.sources)
     write_json(own, directory / OWN_FILE)

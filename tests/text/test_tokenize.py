@@ -632,3 +632,13 @@ def test_without_tokenizer_json_transformers_makes_it(copy_of_tiny):
     write_settings(copy_of_tiny, tokenizer_class="GPT2Tokenizer", eos_token="</s>")
     tokens = one(TextTokenizer(copy_of_tiny), PLAIN[0])
     assert tokens.ids.tolist() == one(BYTE_LEVEL, PLAIN[0]).ids.tolist()[1:]
+
+
+def test_a_pickled_copy_gives_the_same_ids():
+    """Special tokens in a text stay literal in worker processes, too."""
+    import pickle
+
+    tokenizer = TextTokenizer(TINY)
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    (here,), (there,) = (one(["a </s> b"], [""]) for one in (tokenizer, copy))
+    assert here.ids.tolist() == there.ids.tolist()
