@@ -36,13 +36,14 @@ class PackedBatch:
         ids: Sequence[Sequence[int] | np.ndarray],
         spans: Sequence[tuple[int, int]] | None = None,
         device: torch.device | str = "cpu",
+        vocab_size: int = 1 << 31,
     ) -> PackedBatch:
         """Packs texts given as token ids; this is where values are checked, once, on the host.
 
         ids:     B sequences of token ids, none of them empty
         spans:   B pairs [start, end) within each text, default the whole text
         raises:  ValueError naming the text that is empty or whose span is not inside it, and on
-                 ids that are no token ids
+                 ids that are no token ids of a vocabulary of this size: a GPU would not survive it
         """
         lengths = tuple(len(text) for text in ids)
         if not lengths:
@@ -66,10 +67,11 @@ class PackedBatch:
         flat = host.numpy()
         bounds = np.array([0, *itertools.accumulate(lengths)])
         joined = np.concatenate(ids)
-        if joined.dtype.kind not in "iu" or joined.min() < 0 or joined.max() >= 1 << 31:
+        if joined.dtype.kind not in "iu" or joined.min() < 0 or joined.max() >= vocab_size:
             raise ValueError(
-                f"PackedBatch: token ids must be whole numbers from 0 to 2^31 - 1, got "
-                f"{joined.dtype} from {joined.min()} to {joined.max()}"
+                f"PackedBatch: token ids must be whole numbers from 0 to {vocab_size - 1}, got "
+                f"{joined.dtype} from {joined.min()} to {joined.max()}; does the tokenizer belong "
+                "to this model?"
             )
         positions = np.arange(total) - np.repeat(bounds[:-1], lengths)
         inside = (np.asarray(spans) + bounds[:-1, None]).ravel()

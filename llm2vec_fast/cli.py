@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
+
+from llm2vec_fast.cli_eval import DEVICE, eval_app
 
 app = typer.Typer(
     name="llm2vec-fast",
@@ -19,25 +22,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-eval_app = typer.Typer(help="Measure models, several side by side.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
-Argument, Option = typer.Argument, typer.Option
 INPUTS = Argument(help="Files (txt, jsonl, csv, tsv, parquet; .gz, .zst), folders, globs, URLs, -")
 BIDIRECTIONAL = Option("--bidirectional/--causal", help="The attention mask; default: as saved.")
-MODELS = Option(
-    help="Directory or hub name; or fields with commas between: base=DIR, adapter=DIR, "
-    "causal=true, pooling_mode=mean, standardize=true, labels=next_token, dtype=float32, "
-    "max_length=128, label=NAME. Repeat for several side by side."
-)
-REPORT = Option(help="JSON file for figures, models, versions and machine")
-DEVICE = Option(help="cpu, cuda, cuda:1; default: a GPU if any")
 
 
 @app.command()
 def embed(
     inputs: Annotated[list[str], INPUTS],
     model: Annotated[str, Option(help="Path or hub name of the model")],
-    output: Annotated[Path, Option(help="Directory for the shards; the same one resumes")],
+    output: Annotated[str, Option(help="Directory or URL for shards; the same one resumes")],
     adapters: Annotated[list[str], Option("--adapter", help="LoRA; repeat to stack")] = (),
     whole_files: Annotated[bool, Option("--whole-files", help="Each file is one document")] = False,
     text_column: Annotated[str, Option(help="Column of the text")] = "text",
@@ -61,14 +55,25 @@ def embed(
     device: Annotated[str | None, DEVICE] = None,
     profile: Annotated[bool, Option("--profile", help="Tell which stage is the limit")] = False,
     as_json: Annotated[bool, Option("--json", help="The summary as one JSON object")] = False,
+    ray: Annotated[bool, Option("--ray", help="Ray's workers do the jobs, on all GPUs")] = False,
+    address: Annotated[str | None, Option(help="Of a Ray cluster; default: found, or here")] = None,
+    num_gpus_per_worker: Annotated[float | None, Option(help="With --ray; default 1")] = None,
+    num_workers: Annotated[int | None, Option(help="With --ray; default: by the GPUs")] = None,
 ) -> None:
     """Embed a corpus into shards of vectors. Interrupted? The same command resumes.
 
-    Several GPUs: torchrun --nproc-per-node 8 -m llm2vec_fast embed ...
+    Several GPUs: torchrun --nproc-per-node 8 -m llm2vec_fast embed ...; machines: --ray
     """
     options = dict(locals())  # the options have the names that the function knows
     from llm2vec_fast.corpus import embed as run
 
+    asked = [options.pop(name) for name in ("address", "num_gpus_per_worker", "num_workers")]
+    if options.pop("ray"):
+        from llm2vec_fast.corpus.ray import Cluster
+
+        options["cluster"] = Cluster(*asked)
+    elif asked != [None] * 3:
+        raise ValueError("--address, --num-gpus-per-worker and --num-workers belong to --ray")
     del options["as_json"]
     summary = run(**options)
     if summary.rank == 0:
@@ -77,7 +82,7 @@ def embed(
 
 @app.command()
 def search(
-    directory: Annotated[Path, Argument(help="The output of `embed`")],
+    directory: Annotated[str, Argument(help="The output of `embed`")],
     queries: Annotated[list[str], Argument(help="One or more questions")],
     instruction: Annotated[str | None, Option(help="Put before every query")] = None,
     k: Annotated[int, Option(help="Answers per query")] = 10,
@@ -149,153 +154,6 @@ def _sts_figures(config):
     return lambda encoder: {"sts_spearman": sts(encoder, pairs)["spearman"]}
 
 
-@eval_app.command("sts")
-def eval_sts(
-    file: Annotated[Path, Argument(help="Pairs: csv, tsv, jsonl or parquet")],
-    model: Annotated[list[str], MODELS],
-    output: Annotated[Path | None, REPORT] = None,
-    sentence1: Annotated[str, Option(help="Column of the first sentence")] = "sentence1",
-    sentence2: Annotated[str, Option(help="Column of the second sentence")] = "sentence2",
-    score: Annotated[str, Option(help="Column of people's score")] = "score",
-    limit: Annotated[int | None, Option(help="Only the first N pairs")] = None,
-    instruction: Annotated[str | None, Option(help="Put before every sentence")] = None,
-    device: Annotated[str | None, DEVICE] = None,
-) -> None:
-    """Rank correlation (Spearman, Pearson) of cosines with people's scores of sentence pairs."""
-    from llm2vec_fast import evaluate
-
-    specs = evaluate.parse_specs(model)
-    pairs = evaluate.read_pairs(file, (sentence1, sentence2, score), limit)
-    data = {"name": file.name, "files": evaluate.described(file), "limit": limit}
-    _compare(
-        "sts", data | {"instruction": instruction}, specs,
-        lambda model, spec: evaluate.sts(model, pairs, spec.standardize, instruction),
-        output, device,
-    )  # fmt: skip
-
-
-@eval_app.command("word")
-def eval_word(
-    train: Annotated[Path, Option(help="Tagged words (CoNLL, CoNLL-U, Universal NER)")],
-    task: Annotated[str, Option(help="pos | chunk | ner")],
-    model: Annotated[list[str], MODELS],
-    test: Annotated[Path | None, Option(help="Tagged words to score on")] = None,
-    test_share: Annotated[
-        float | None, Option(help="Without --test: this share of --train's sentences, at random")
-    ] = None,
-    output: Annotated[Path | None, REPORT] = None,
-    tag_column: Annotated[int | None, Option(help="Column of the tag, from 1")] = None,
-    train_sentences: Annotated[int | None, Option(help="Only the first N")] = None,
-    test_sentences: Annotated[int | None, Option(help="Only the first N")] = None,
-    steps: Annotated[int, Option(help="Training steps of the linear layer")] = 1500,
-    seed: Annotated[int, Option(help="Of the split, the layer and its training")] = 42,
-    device: Annotated[str | None, DEVICE] = None,
-) -> None:
-    """What a linear layer reads from frozen states: accuracy of words, F1 of spans."""
-    from llm2vec_fast import evaluate
-
-    specs = evaluate.parse_specs(model)
-    if (test is None) == (test_share is None):
-        raise ValueError("give either --test FILE or --test-share 0.2")
-    if test is None:
-        learnt = evaluate.read_tagged(train, task, tag_column)
-        learnt, asked = evaluate.split(learnt, test_share, seed)
-        learnt, asked = learnt[:train_sentences], asked[:test_sentences]
-    else:
-        learnt = evaluate.read_tagged(train, task, tag_column, train_sentences)
-        asked = evaluate.read_tagged(test, task, tag_column, test_sentences)
-    files = [train] if test is None else [train, test]
-    data = {"name": f"{task}, {files[-1].name}", "files": evaluate.described(*files)}
-    data |= {"task": task, "test_share": test_share, "steps": steps, "seed": seed}
-    _compare(
-        "word", data, specs,
-        lambda model, spec: evaluate.word(
-            model, learnt, asked, spans=task != "pos", labels=spec.labels, steps=steps, seed=seed
-        ),
-        output, device,
-    )  # fmt: skip
-
-
-@eval_app.command("retrieval")
-def eval_retrieval(
-    directory: Annotated[Path, Argument(help="corpus.jsonl, queries.jsonl, qrels/test.tsv")],
-    model: Annotated[list[str], MODELS],
-    output: Annotated[Path | None, REPORT] = None,
-    split: Annotated[str, Option(help="qrels/<split>.tsv")] = "test",
-    recall_at: Annotated[list[int] | None, Option(help="k of recall@k; default 10, 100")] = None,
-    instruction: Annotated[str | None, Option(help="Put before every query")] = None,
-    device: Annotated[str | None, DEVICE] = None,
-) -> None:
-    """nDCG@10 and recall@k of exact cosine search on a collection in BEIR's layout."""
-    from llm2vec_fast import evaluate
-
-    specs = evaluate.parse_specs(model)
-    collection = evaluate.read_collection(directory, split)
-    files = [directory / name for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")]
-    data = {"name": f"{directory.resolve().name} {split}", "files": evaluate.described(*files)}
-    ranks = tuple(recall_at or (10, 100))
-    _compare(
-        "retrieval", data | {"instruction": instruction}, specs,
-        lambda model, spec: evaluate.retrieval(model, collection, instruction, ranks),
-        output, device,
-    )  # fmt: skip
-
-
-@eval_app.command("mteb")
-def eval_mteb(
-    tasks: Annotated[
-        list[str], Argument(help="Tasks of mteb by name, or local directories in BEIR's layout")
-    ],
-    model: Annotated[list[str], MODELS],
-    output: Annotated[Path | None, REPORT] = None,
-    results: Annotated[
-        Path | None, Option(help="Directory of mteb's own files; tasks found there are not rerun")
-    ] = None,
-    instructions: Annotated[
-        Path | None, Option(help="JSON: instruction by task's name or type; default: mteb's")
-    ] = None,
-    device: Annotated[str | None, DEVICE] = None,
-) -> None:
-    """Main scores of mteb's tasks, with LLM2Vec's instructions. Needs the extra `mteb`."""
-    from llm2vec_fast import evaluate
-
-    specs = evaluate.parse_specs(model)
-    try:
-        from llm2vec_fast.integrations import mteb
-    except ImportError as error:
-        hint = "pip install 'llm2vec-fast[mteb]'"
-        raise RuntimeError(f"mteb cannot be imported ({error}): {hint}") from error
-    given = None if instructions is None else mteb.read_instructions(instructions)
-    found = [
-        mteb.retrieval_task(Path(task).resolve().name, evaluate.read_collection(task))
-        if Path(task).is_dir()
-        else mteb.find_task(task)
-        for task in tasks
-    ]
-    revisions = {task.metadata.name: task.metadata.revision for task in found}
-    data = {"name": ", ".join(revisions), "revisions": revisions, "instructions": given}
-    data["mteb"] = mteb.VERSION
-    _compare(
-        "mteb", data, specs,
-        lambda model, spec: mteb.scores(model, found, given, results),
-        output, device,
-    )  # fmt: skip
-
-
-def _compare(task: str, data: dict, specs: list, measure, output: Path | None, device) -> None:
-    from llm2vec_fast import evaluate
-    from llm2vec_fast.doctor import machine
-
-    report = evaluate.Report(task, data, machine())
-    evaluate.compare(
-        report, specs, measure, output, device,
-        progress=lambda label: typer.echo(f"{task}: {label}", err=True),
-    )  # fmt: skip
-    report.show()
-    if output is not None:
-        typer.echo(f"written: {output}")
-
-
 @app.command()
 def bench(
     model: Annotated[str, Option(help="Path or hub name of the model")],
@@ -330,6 +188,26 @@ def bench(
         if output is not None:  # after every round: a cut run keeps what it has
             write_json({"machine": here, "rows": rows}, output)
     run.show(rows, here)
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, Argument(help="A new directory")],
+    model: Annotated[str, Option(help="Path or hub name of the model")],
+    adapters: Annotated[list[str], Option("--adapter", help="LoRA; repeat to stack")] = (),
+    dtype: Annotated[
+        str | None, Option(help="float32 | bfloat16 | float16; default: as config.json says")
+    ] = None,
+) -> None:
+    """Write a model with its adapters merged: for transformers, vLLM and other programs."""
+    from llm2vec_fast.encoder import LLM2Vec
+    from llm2vec_fast.integrations.export import export as run
+    from llm2vec_fast.integrations.export import saved_dtype
+
+    dtype = dtype or saved_dtype(model, adapters)
+    for line in run(LLM2Vec.from_pretrained(model, adapters, dtype=dtype, device="cpu"), directory):
+        typer.echo(f"note: {line}", err=True)
+    typer.echo(f"written: {directory}")
 
 
 @app.command()

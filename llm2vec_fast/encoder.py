@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llm2vec_fast import ops
+from llm2vec_fast import ops, saving
 from llm2vec_fast.batch import Download, PackedBatch
 from llm2vec_fast.model import fp8, lora, weights
-from llm2vec_fast.model.checkpoint import write_json
 from llm2vec_fast.model.config import ModelConfig
 from llm2vec_fast.model.graphs import Graphs
 from llm2vec_fast.model.heap import keep_freed_memory
@@ -27,11 +26,7 @@ from llm2vec_fast.model.source import Sources, absolute, resolve
 from llm2vec_fast.model.transformer import NO_DROPOUT, Dropout, Transformer
 from llm2vec_fast.model.work import default_budget
 from llm2vec_fast.settings import (
-    OFFICIAL,
-    OFFICIAL_FILE,
-    OWN_FILE,
     POOLING,
-    adapter_hashes,
     as_names,
     choose_device,
     choose_dtype,
@@ -44,9 +39,6 @@ from llm2vec_fast.vectors import check_form, finish
 
 # Texts tokenised and sorted by length at a time.
 WINDOW = 16_384
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
-)  # fmt: skip
 
 
 class LLM2Vec(nn.Module):
@@ -229,7 +221,9 @@ class LLM2Vec(nn.Module):
                 tokens = self.tokenizer(texts[window], instructions[window])
                 result = self.embed_tokens(
                     tokens, tokens_per_batch, batch_size, lambda count, _: bar.update(count),
-                    lambda row, start=start, tokens=tokens: _too_long(start + row, tokens[row]),
+                    lambda row, start=start, tokens=tokens: (  # type: ignore[misc]
+                        _too_long(start + row, tokens[row])
+                    ),
                 )  # fmt: skip
                 queued.append((window, result))
                 # While the device computes a window, the next one is tokenised.
@@ -305,11 +299,12 @@ class LLM2Vec(nn.Module):
 
     def _pooled(self, some: Sequence[Tokens]) -> Tensor:
         ids, spans = [t.ids for t in some], [(t.start, t.end) for t in some]
+        place = self.device, self.model.config.vocab_size
         bucket = self.graphs.bucket([len(t) for t in some])
         if bucket is None:
-            return self(PackedBatch.build(ids, spans, self.device))
+            return self(PackedBatch.build(ids, spans, *place))
         mode = POOLING[self.settings["pooling_mode"]]
-        return self.graphs.run(bucket.build(ids, spans, self.device), mode)[: len(some)]
+        return self.graphs.run(bucket.build(ids, spans, *place), mode)[: len(some)]
 
     def save(
         self, path: str | Path, merge_before_save: bool = False, save_config: bool = True
@@ -323,62 +318,7 @@ class LLM2Vec(nn.Module):
         raises:            ValueError if the directory holds a model that `save` did not write
                            there, and for whole weights of a model in fp8
         """
-        path = Path(path)
-        as_adapter = bool(self.sources.adapters) and not merge_before_save
-        if self.model.fp8_keep is not None and not as_adapter:
-            raise ValueError("save: weights in fp8 are not written; load with dtype='bfloat16'")
-        path.mkdir(parents=True, exist_ok=True)
-        self._make_room(path, as_adapter)
-        if as_adapter:
-            adapters = [lora.open_adapter(d, self.model.config) for d in self.sources.adapters]
-            lora.save(adapters, path, absolute(self.sources.base_name))
-        else:
-            weights.save(self.model, path)
-            write_json(self._export_config(), path / "config.json")
-        for name in TOKENIZER_FILES:
-            source = self.sources.tokenizer / name
-            if source.exists() and source.resolve() != (path / name).resolve():
-                (path / name).write_bytes(source.read_bytes())
-        if save_config:
-            write_json({name: self.settings[name] for name in OFFICIAL}, path / OFFICIAL_FILE)
-        own = {name: self.settings[name] for name in ("enable_bidirectional", "template")}
-        if self.sources.adapters and not as_adapter:
-            own["merged"] = adapter_hashes(self.sources)
-        write_json(own, path / OWN_FILE)
-
-    def _make_room(self, path: Path, as_adapter: bool) -> None:
-        """Removes what an earlier `save` left in the other form: it would be read together with
-        this one. What somebody else put there is refused.
-        """
-        adapters = [directory.resolve() for directory in self.sources.adapters]
-        if path.resolve() in (self.sources.base.resolve(), *adapters):
-            if adapters and not (as_adapter and adapters == [path.resolve()]):
-                raise ValueError(f"{path} is what this model was loaded from: save it elsewhere")
-            return
-        other = ("config.json", "model*.safetensors", "model.safetensors.index.json")
-        other = other if as_adapter else (lora.CONFIG, lora.WEIGHTS)
-        present = [file for pattern in other for file in path.glob(pattern)]
-        if present and not (path / OWN_FILE).exists():
-            raise ValueError(f"{path} holds another model ({present[0].name}): save it elsewhere")
-        for file in present:
-            file.unlink()
-
-    def _export_config(self) -> dict:
-        """config.json of merged weights: the old one, and what tells others to look both ways."""
-        config = dict(self.model.config.source)
-        bidirectional = self.settings["enable_bidirectional"]
-        kind = self.model.config.family.capitalize()
-        config["architectures"] = [f"{kind}{'Bidirectional' * bidirectional}Model"]
-        for key in ("dtype", "torch_dtype"):
-            config.pop(key, None)
-        config["torch_dtype"] = str(self.dtype).removeprefix("torch.")
-        if bidirectional:
-            config |= {"is_causal": False, "use_bidirectional_attention": True}
-            # With the causal mask the sliding window goes too, for every spelling of it.
-            config |= {key: None for key in ("sliding_window", "layer_types") if key in config}
-            config |= {key: False for key in ("use_sliding_window",) if key in config}
-        config.setdefault("_name_or_path", self.sources.base_name)
-        return config
+        saving.save(self.model, self.sources, self.settings, path, merge_before_save, save_config)
 
 
 def _too_long(row: int, tokens: Tokens) -> None:

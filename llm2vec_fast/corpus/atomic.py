@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 import re
@@ -9,7 +10,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
+
+from llm2vec_fast.corpus.place import is_remote
 
 # part-x.parquet.<host>-<pid>.partial; the manifest's has its writer's thread too.
 OWNER = re.compile(r"\.(?:parquet|npy|json)\.(?P<host>.+?)(?:-t\d+)?-(?P<pid>\d+)\.partial$")
@@ -23,6 +26,22 @@ class StoreError(OSError):
 @contextmanager
 def atomically(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under its name when it is whole and on the disk, or not at all."""
+    with _told(path), _put(path) if is_remote(path) else _renamed(path) as file:
+        yield file
+
+
+@contextmanager
+def _put(path: Path) -> Iterator[BinaryIO]:
+    """An object of a store. Not through a file of its own, which puts what it has also when the
+    writing fails.
+    """
+    file, place = io.BytesIO(), cast(Any, path)
+    yield file
+    place.fs.pipe_file(place.path, file.getvalue())
+
+
+@contextmanager
+def _renamed(path: Path) -> Iterator[BinaryIO]:
     partial = path.with_name(f"{path.name}.{platform.node() or 'host'}-{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -31,6 +50,15 @@ def atomically(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         partial.replace(path)
         _sync_directory(path.parent)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         told = StoreError(
             f"{path} could not be written: {error.strerror or error}. Finished shards are "
@@ -38,9 +66,6 @@ def atomically(path: Path) -> Iterator[BinaryIO]:
         )
         told.errno = error.errno
         raise told from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def clean_partials(directory: Path) -> list[Path]:
@@ -48,7 +73,9 @@ def clean_partials(directory: Path) -> list[Path]:
 
     A writer on another machine cannot be asked, so its files count as left behind after an hour.
     """
-    removed = []
+    removed: list[Path] = []
+    if is_remote(directory):  # there are none
+        return removed
     kinds = ("part-*", "manifest.json.*", "summary-*")
     for path in sorted(p for kind in kinds for p in directory.glob(f"{kind}.partial")):
         owner = OWNER.search(path.name)

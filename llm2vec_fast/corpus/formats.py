@@ -7,7 +7,6 @@ import json
 import re
 import sys
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -17,6 +16,9 @@ BOM = b"\xef\xbb\xbf"
 STDIN = "-"
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 BLOCK = 1 << 20  # bytes read at a time
+# A few compressed kilobytes can become terabytes. More than this is refused, not read:
+DOCUMENT_LIMIT = 1 << 27  # bytes of a line or whole file
+TAKE_LIMIT = 1 << 32  # bytes of all rows of a job, which are in memory together
 REPLACED = "lone surrogate replaced"
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -111,7 +113,7 @@ class Reader:
 
     def __init__(self, source: Source, columns: Columns):
         self.source, self.columns = source, columns
-        self.row = self.offset = 0
+        self.row = self.offset = self.held = 0
         self.name = SURROGATE.sub("\ufffd", source.name)
         self.where = source.name  # what an error names
         # Shared by the rows, because a list for each is slow: `fill` sets another, never adds.
@@ -125,6 +127,15 @@ class Reader:
 
     def skip(self, count: int) -> None:
         raise NotImplementedError
+
+    def hold(self, size: int) -> None:
+        """Counts the bytes of rows that are in memory together. Raises ValueError at the limit."""
+        self.held += size
+        if self.held > TAKE_LIMIT:
+            raise ValueError(
+                f"input {self.source.name}: the rows up to {self.row} hold more than {TAKE_LIMIT} "
+                "bytes, too many for one shard. Use a smaller --rows-per-shard."
+            )
 
     def close(self) -> None:
         if self.file is not None and self.source.name != STDIN:
@@ -146,12 +157,23 @@ class TextLines(Reader):
             self.skip(start.row)
 
     def take(self, count: int) -> list[Row]:
-        rows = []
-        for line in islice(self.file, count):
+        rows, self.held = [], 0
+        while len(rows) < count and (line := self._line()):
             rows.append(self._parse(line.removeprefix(BOM) if self.row == 0 else line))
             self.row += 1
-            self.offset += len(line)
         return rows
+
+    def _line(self) -> bytes:
+        """The next line with its end; nothing behind the last."""
+        line = self.file.readline(DOCUMENT_LIMIT)
+        if len(line) == DOCUMENT_LIMIT:
+            raise ValueError(
+                f"input {self.source.name}, row {self.row}: a line of {DOCUMENT_LIMIT} bytes or "
+                "more is no document"
+            )
+        self.offset += len(line)
+        self.hold(len(line))
+        return line
 
     def skip(self, count: int) -> None:
         """Counts newlines in blocks; a last line without one is a row too."""
@@ -209,14 +231,18 @@ class WholeFiles(Reader):
         self.skip(start.row)
 
     def take(self, count: int) -> list[Row]:
-        rows = []
+        rows, self.held = [], 0
         for path in self.source.files[self.row : self.row + count]:
             self.where = path
             with open_stream(path) as file:
-                data = file.read().removeprefix(BOM)
+                data = file.read(DOCUMENT_LIMIT).removeprefix(BOM)
+            self.hold(len(data))
             row = Row(SURROGATE.sub("\ufffd", path), "", self.keep)
             try:
-                row.text = data.decode("utf-8")
+                if len(data) >= DOCUMENT_LIMIT - len(BOM):
+                    row.error = f"{DOCUMENT_LIMIT} bytes or more are no document"
+                else:
+                    row.text = data.decode("utf-8")
             except UnicodeDecodeError as error:
                 row.error = f"not valid UTF-8 (byte {error.start})"
             rows.append(row)

@@ -18,6 +18,8 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
+from llm2vec_fast.corpus.place import is_remote
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -52,6 +54,8 @@ class Locks:
             self.closed = True  # a reading thread that hangs may come back later
         for name in list(self.held):
             self.give_back(name)
+        if is_remote(self.directory):
+            return
         try:
             self.directory.rmdir()
         except OSError:
@@ -59,7 +63,7 @@ class Locks:
 
     def take(self, name: str) -> None:
         """Locks a shard until `give_back`."""
-        if fcntl is None:
+        if fcntl is None or is_remote(self.directory):
             return
         path = self.directory / f"{name}.lock"
         while True:

@@ -37,7 +37,7 @@ def npy_blocks(path: Path, count: int, rows: int, checksum: str) -> Iterator[np.
             those of `checksum`: a .npy has no checksums of its own
     """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         dtype, found, width = _header(file)
         if found != count:
             raise ValueError(f"{path.name} has {found} rows, the footer says {count}")
@@ -53,7 +53,7 @@ def npy_blocks(path: Path, count: int, rows: int, checksum: str) -> Iterator[np.
 
 def npy_form(path: Path) -> tuple[str, int]:
     """The dtype's name and the width of the rows, from the header alone."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         dtype, _, width = _header(file)
     return dtype.name, width
 

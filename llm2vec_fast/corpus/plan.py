@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm2vec_fast.corpus.atomic import atomically
+from llm2vec_fast.corpus.place import is_remote
 from llm2vec_fast.corpus.read import Source
 from llm2vec_fast.version import __version__
 
@@ -139,7 +141,7 @@ def settle_manifest(
     new = wanted["inputs"][len(found["inputs"]) :]
     if new:
         found = {**found, "inputs": found["inputs"] + new}
-        _write(output, found).replace(output / MANIFEST)
+        _replace(output, found)
     return found
 
 
@@ -150,15 +152,23 @@ def read_manifest(output: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise ValueError(f"format {FORMAT} expected")
-        if not isinstance(found.get("inputs"), list):
+        inputs = found.get("inputs")
+        if not isinstance(inputs, list) or not all(map(_names_a_path, inputs)):
             raise ValueError("no list of inputs")
     except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path} is not the manifest of an embedding job: {error}") from error
     return found
 
 
+def _names_a_path(told: object) -> bool:
+    return isinstance(told, dict) and isinstance(told.get("path"), str)
+
+
 def _create(output: Path, manifest: dict[str, Any]) -> bool:
     """Puts the manifest there whole, unless another process was first: then False."""
+    if is_remote(output):
+        _replace(output, manifest)
+        return True
     partial = _write(output, manifest)
     try:
         os.link(partial, output / MANIFEST)
@@ -174,13 +184,25 @@ def _create(output: Path, manifest: dict[str, Any]) -> bool:
     return True
 
 
+def _replace(output: Path, manifest: dict[str, Any]) -> None:
+    if is_remote(output):
+        with atomically(output / MANIFEST) as file:
+            file.write(_as_bytes(manifest))
+    else:
+        _write(output, manifest).replace(output / MANIFEST)
+
+
+def _as_bytes(manifest: dict[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def _write(output: Path, manifest: dict[str, Any]) -> Path:
     """The manifest on disk, under a name that nobody else uses."""
     owner = f"{platform.node() or 'host'}-t{threading.get_ident()}-{os.getpid()}"
     partial = output / f"{MANIFEST}.{owner}.partial"  # as atomic.clean_partials expects it
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        with open(partial, "wb") as file:
+            file.write(_as_bytes(manifest))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:  # of a full disk it does not name the file

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,7 @@ from llm2vec_fast.corpus.atomic import atomically, clean_partials
 from llm2vec_fast.corpus.ids import UniqueIds
 from llm2vec_fast.corpus.lock import Locks
 from llm2vec_fast.corpus.pipeline import Clock, Pipeline
+from llm2vec_fast.corpus.place import is_remote, place_of, size_of_shards
 from llm2vec_fast.corpus.plan import STDIN, fingerprint_of, in_order, settle_manifest
 from llm2vec_fast.corpus.progress import Profile, Progress
 from llm2vec_fast.corpus.read import Columns, Source, open_sources, size_of
@@ -74,6 +75,8 @@ def embed(
 
     inputs:         files (.txt, .jsonl, .csv, .tsv, .parquet; also .gz, .zst), directories, globs,
                     fsspec URLs, or "-" for standard input
+    output:         a directory, or an fsspec URL (s3://...), where each shard is one put, and two
+                    runs at once are not told apart
     model:          a path or hub name with `adapters`, or a model that is loaded already
     whole_files:    each file is one document
     keep:           fields of a row that are carried into the output, as text
@@ -99,13 +102,19 @@ def embed(
         Columns(text_column, id_column, tuple(keep)), instruction, precision, truncate_dim,
         normalize, tokens_per_batch, rows_per_shard, on_error, output_format,
     )  # fmt: skip
+    if profile and cluster is not None:
+        raise ValueError("--profile looks at the stages of one process: leave it out with --ray")
     if unique_ids and id_column is None:
         raise ValueError("unique_ids needs an id_column: ids made of file and row are unique")
-    rank, output = Rank.from_environment(), Path(output)
+    rank, output = Rank.from_environment(), place_of(output)
+    if unique_ids and is_remote(output):
+        raise ValueError("unique_ids keeps ids on disk: the output must be a directory, not a URL")
+    if rank.world > 1 and is_remote(output):
+        raise ValueError(f"{output} knows no locks for the ranks of torchrun: use --ray")
     sources = in_order(output, open_sources(_listed(inputs), whole_files))
     if rank.world > 1 and any(source.name == STDIN for source in sources):
         raise ValueError("standard input cannot be shared among processes: give files")
-    loading = {
+    loading: dict[str, Any] = {
         "pooling_mode": pooling_mode, "max_length": max_length, "dtype": dtype,
         "enable_bidirectional": enable_bidirectional, "device": _device(device, rank),
     }  # fmt: skip
@@ -126,7 +135,7 @@ def embed(
             sources, do_all, output, options, rank, verify, unique_ids, show_progress,
             elsewhere=cluster is not None,
         )  # fmt: skip
-    if profile and rank.rank == 0 and summary.profile:
+    if profile and rank.rank == 0:
         from rich.console import Console
 
         Console(stderr=True).print(summary.profile)
@@ -199,8 +208,7 @@ def _start(
         )  # fmt: skip
         summary = do_all(walk)
         summary.reused, summary.damaged = walk.reused, len(walk.damaged)
-        shards = [*output.glob("part-*.parquet"), *output.glob("part-*.npy")]
-        summary.bytes = sum(path.stat().st_size for path in shards)
+        summary.bytes = size_of_shards(output)
     if any(source.name == STDIN for source in sources):
         summary.notes.append(
             "standard input cannot be resumed or appended to unless the same bytes come again"
@@ -285,4 +293,3 @@ def _measure_gpu(clock: Clock, start: torch.cuda.Event | None, end: torch.cuda.E
     with clock.measure("write", "the GPU"):
         end.synchronize()
     clock.add("gpu", start.elapsed_time(end) / 1000)
-

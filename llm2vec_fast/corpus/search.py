@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from llm2vec_fast.corpus.place import place_of
 from llm2vec_fast.corpus.plan import ManifestError, read_manifest
 from llm2vec_fast.corpus.store import BLOCK, blocks_of, rows_at
 from llm2vec_fast.encoder import LLM2Vec
@@ -57,7 +58,7 @@ def search(
     Vectors of binary precision: candidates by Hamming distance, 10 k and at least 100, then the
     cosine of the query's own vector with the document's signs.
     """
-    directory = Path(directory)
+    directory = place_of(directory)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     manifest = read_manifest(directory)

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from llm2vec_fast.corpus.atomic import StoreError, atomically, clean_partials
 from llm2vec_fast.corpus.npy import npy_beside, npy_blocks, npy_form, write_npy
+from llm2vec_fast.corpus.place import readable
 from llm2vec_fast.corpus.read import Row
 
 KEY = b"llm2vec_fast"
@@ -175,7 +176,8 @@ def read_footer(path: Path, thorough: bool = False) -> Footer | None:
 
 def _footer(path: Path) -> Footer:
     try:
-        metadata = pq.read_metadata(path)
+        with readable(path) as file:
+            metadata = pq.read_metadata(file)
         told = metadata.metadata[KEY]
         if _seal(told, metadata.schema.to_arrow_schema()) != metadata.metadata[SEAL]:
             raise ValueError("its checksum is wrong")
@@ -300,8 +302,9 @@ def _stored(column: pa.FixedSizeListArray) -> np.ndarray:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    with _damage_of(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
-        yield file
+    with _damage_of(path), readable(path) as opened:
+        with pq.ParquetFile(opened, page_checksum_verification=True) as file:
+            yield file
 
 
 @contextmanager

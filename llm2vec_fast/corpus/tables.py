@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from llm2vec_fast.corpus.formats import (
     BLOCK,
     BOM,
+    DOCUMENT_LIMIT,
     SURROGATE,
     Columns,
     Position,
@@ -29,7 +30,7 @@ from llm2vec_fast.corpus.formats import (
 )
 
 BATCH = 1024  # rows of a Parquet file decoded at a time
-FIELD_LIMIT = 1 << 27  # characters of a CSV field; more means a quote that nobody closed
+FIELD_LIMIT = DOCUMENT_LIMIT  # characters of a CSV field; more means a quote that nobody closed
 
 
 class CsvRecords(TextLines):
@@ -61,7 +62,7 @@ class CsvRecords(TextLines):
         self.row, self.offset = start.row, start.offset
 
     def take(self, count: int) -> list[Row]:
-        rows = []
+        rows, self.held = [], 0
         while len(rows) < count and (record := self._next()) is not None:
             rows.append(self._parse_record(record))
             self.row += 1
@@ -71,12 +72,14 @@ class CsvRecords(TextLines):
         while count and self._next() is not None:
             self.row += 1
             count -= 1
+            self.held = 0
 
     def _lines(self) -> Iterator[str]:
         """Decoded lines. csv.reader asks for no more than a record needs: so offsets are exact."""
-        for line in self.file:
+        while True:
             first = self.offset == 0
-            self.offset += len(line)
+            if not (line := self._line()):
+                return
             line = line.removeprefix(BOM) if first else line
             try:
                 text = line.decode("utf-8")
@@ -137,13 +140,17 @@ class ParquetRows(Reader):
                 f"input {self.source.name}: column {self.columns.text!r} is {kind}, not text"
             )
         sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+        if min(sizes, default=0) < 0:
+            raise ValueError(f"input {self.source.name} tells of {min(sizes)} rows: it is damaged")
         self.starts = [0, *accumulate(sizes)]
-        self.batches: Iterator[pa.RecordBatch] | None = None
-        self.first, self.batch = 0, None  # the batch in hand, and its first row
+        self.batches: Iterator[pa.RecordBatch] = iter(())
+        # The row group that is read, the batch in hand, and its first row.
+        self.group, self.batch, self.first = -1, None, 0
         self.skip(start.row)
 
     def take(self, count: int) -> list[Row]:
         rows: list[Row] = []
+        self.held = 0
         while len(rows) < count and self.row < self.starts[-1]:
             batch = self._batch()
             part = batch.slice(self.row - self.first, count - len(rows))
@@ -152,6 +159,7 @@ class ParquetRows(Reader):
             for values in zip(*(values for values, _ in columns), strict=True):
                 row = self.blank()
                 fill(row, dict(zip(self.wanted, values, strict=True)), self.columns)
+                self.hold(len(row.text))
                 if broken:
                     _refuse_undecoded(row)
                 rows.append(row)
@@ -163,15 +171,21 @@ class ParquetRows(Reader):
         self.row = self.offset = min(self.row + count, self.starts[-1])
 
     def _batch(self) -> pa.RecordBatch:
-        """The batch that holds the next row; row groups before it are never touched."""
+        """The batch that holds the next row; row groups before it are never touched. One group at a
+        time: in a damaged file columns of different lengths would run on into the next one.
+        """
         group = bisect_right(self.starts, self.row) - 1
-        if self.batches is None or self.first < self.starts[group] - BATCH:
-            groups = range(group, len(self.starts) - 1)
-            self.batches = self.table.iter_batches(BATCH, groups, self.wanted)
-            self.first, self.batch = self.starts[group], None
+        if group != self.group:
+            self.batches = self.table.iter_batches(BATCH, [group], self.wanted)
+            self.group, self.batch, self.first = group, None, self.starts[group]
         while self.batch is None or self.row >= self.first + len(self.batch):
             self.first += len(self.batch) if self.batch is not None else 0
-            self.batch = next(self.batches)
+            self.batch = next(self.batches, None)
+            if self.batch is None or self.first + len(self.batch) > self.starts[group + 1]:
+                raise ValueError(
+                    f"input {self.source.name}: row group {group} has not the "
+                    f"{self.starts[group + 1] - self.starts[group]} rows that it tells of"
+                )
         return self.batch
 
 

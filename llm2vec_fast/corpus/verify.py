@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from llm2vec_fast.corpus.npy import npy_beside, npy_form
+from llm2vec_fast.corpus.place import place_of, readable
 from llm2vec_fast.corpus.plan import read_manifest
 from llm2vec_fast.corpus.store import Footer, check_shard, read_footer
 
@@ -32,7 +33,7 @@ def verify(
               counts, what an interrupted job has not reached yet does not
     raises:   ManifestError if `directory` is not the output of a job
     """
-    directory = Path(directory)
+    directory = place_of(directory)
     manifest = read_manifest(directory)
     paths = sorted(directory.glob("part-*.parquet"))
     bad = _missing(directory, paths)
@@ -84,7 +85,9 @@ def _stranger(path: Path, manifest: dict[str, Any]) -> str | None:
 
 def _other_form(path: Path, footer: Footer, manifest: dict[str, Any]) -> str | None:
     """Another type or width of vectors, or other columns, than the manifest's."""
-    form, schema = manifest["vectors"], pq.read_schema(path)
+    form = manifest["vectors"]
+    with readable(path) as file:
+        schema = pq.read_schema(file)
     binary = form["precision"] == "binary"
     wanted = STORED[form["precision"]], -(-form["dimension"] // 8) if binary else form["dimension"]
     if footer.npy_bytes:

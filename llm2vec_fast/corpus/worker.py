@@ -67,7 +67,8 @@ class Work:
         return row if own == f"{self.source.name}:{self.start.row + at}" else f"{row} (id {own})"
 
     def __str__(self) -> str:
-        return f"rows {self.start.row} to {self.end.row - 1} of {self.source.name} ({self.job.shard})"
+        last = self.end.row - 1
+        return f"rows {self.start.row} to {last} of {self.source.name} ({self.job.shard})"
 
 
 def prepare(work: Work, encoder: LLM2Vec, options: Options) -> Work:

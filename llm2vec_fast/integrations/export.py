@@ -20,7 +20,7 @@ from pathlib import Path
 from llm2vec_fast.encoder import LLM2Vec
 from llm2vec_fast.model.checkpoint import write_json
 from llm2vec_fast.model.source import resolve
-from llm2vec_fast.settings import DTYPES, OWN_FILE, as_names
+from llm2vec_fast.settings import DTYPES, as_names
 
 # In the order and spelling of sentence-transformers before 6, which every version reads and vLLM
 # takes the first true one of.
@@ -30,8 +30,6 @@ SWITCHES = {
     "pooling_mode_weightedmean_tokens": ("weighted_mean",),
     "pooling_mode_lasttoken": ("last_token", "eos_token"),
 }
-# Of vLLM's LlamaBidirectionalModel. It refuses any other word, rightly: it has no weighted mean.
-VLLM_POOLING = {"mean": "avg", "bos_token": "cls", "last_token": "last", "eos_token": "last"}
 
 
 def export(model: LLM2Vec, directory: str | Path) -> list[str]:
@@ -87,7 +85,6 @@ def differences(model: LLM2Vec) -> list[str]:
 def _describe(model: LLM2Vec, directory: Path) -> None:
     """Adds what the programs above go by to a model that was saved whole."""
     mode, limit = model.settings["pooling_mode"], model.settings["max_length"]
-    write_json(_config(model, _read(directory / "config.json")), directory / "config.json")
     names = ("Transformer", "Pooling")
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
@@ -108,24 +105,6 @@ def _describe(model: LLM2Vec, directory: Path) -> None:
     if model.settings.get("verbatim_instruction"):
         prompts = {"prompts": model.settings["prompts"]}
         write_json(prompts, directory / "config_sentence_transformers.json")
-        told = _read(directory / OWN_FILE) | {"verbatim_instruction": True}
-        write_json(told, directory / OWN_FILE)
-
-
-def _config(model: LLM2Vec, config: dict) -> dict:
-    """config.json with the names that vLLM knows, and for programs of transformers 4's time."""
-    family, mode = model.model.config.family, model.settings["pooling_mode"]
-    if family == "llama" and model.settings["enable_bidirectional"]:
-        config["pooling"] = VLLM_POOLING.get(mode, mode)
-    else:  # vLLM looks at is_causal in these, and knows no other name of them
-        config["architectures"] = [f"{family.capitalize()}Model"]
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:  # transformers 4 would take its default without a word
-        config.setdefault("rope_theta", rope["rope_theta"])
-        if rope.get("rope_type", "default") != "default":
-            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-            config.setdefault("rope_scaling", scaling)
-    return config
 
 
 def _read(path: Path) -> dict:

@@ -33,11 +33,12 @@ from sentence_transformers.util import import_from_string, load_dir_path
 from torch import Tensor
 
 from llm2vec_fast.batch import PackedBatch
-from llm2vec_fast.encoder import TOKENIZER_FILES, LLM2Vec
+from llm2vec_fast.encoder import LLM2Vec
 from llm2vec_fast.model import adapt, lora
 from llm2vec_fast.model.checkpoint import read_tensor, write_json
 from llm2vec_fast.model.source import absolute, find
 from llm2vec_fast.model.transformer import Dropout
+from llm2vec_fast.saving import TOKENIZER_FILES
 from llm2vec_fast.settings import OFFICIAL, OFFICIAL_FILE, OWN_FILE, own_settings
 from llm2vec_fast.text import TextTokenizer, Tokens
 

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llm2vec_fast.model.small_file import read_json
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -85,7 +87,7 @@ def open_checkpoint(directory: Path) -> dict[str, TensorOnDisk]:
     """All tensors of a model directory: model.safetensors, or the shards that its index names."""
     single, index = directory / SINGLE, directory / INDEX
     if single.exists():
-        return read_header(_inside(directory, single.name))
+        return read_header(inside(directory, single.name))
     if not index.exists():
         pickles = sorted(p.name for p in directory.glob("*.bin")) if directory.is_dir() else []
         hint = (
@@ -95,14 +97,14 @@ def open_checkpoint(directory: Path) -> dict[str, TensorOnDisk]:
         )
         raise WeightsError(f"{directory} has no model.safetensors and no index of shards{hint}")
     try:
-        told = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+        told = read_json(index, object_pairs_hook=_no_duplicates)
         weight_map = told["weight_map"]
         names = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{index} is not a valid index of shards: {error!r}") from error
     found: dict[str, TensorOnDisk] = {}
     for shard in names:
-        tensors = read_header(_inside(directory, shard))
+        tensors = read_header(inside(directory, shard))
         twice = tensors.keys() & found.keys()
         if twice:
             raise WeightsError(f"{directory / shard}: {min(twice)!r} stands in another shard too")
@@ -113,7 +115,7 @@ def open_checkpoint(directory: Path) -> dict[str, TensorOnDisk]:
     return found
 
 
-def _inside(directory: Path, name: object) -> Path:
+def inside(directory: Path, name: object) -> Path:
     """The file `name` of a directory, refused if it leads out (a hub cache's blobs excepted)."""
     if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
         raise WeightsError(f"{directory}: {name!r} is not the name of a file in this directory")

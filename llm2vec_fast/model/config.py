@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from llm2vec_fast.model.small_file import read_json
 
 # Larger than any published model by a factor of ten or more: refuses nonsense before allocating it.
 LIMITS = {
@@ -80,7 +81,7 @@ class ModelConfig:
         """Reads a config.json. Raises ConfigError naming the file and what is wrong with it."""
         path = Path(path)
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_json(path)
         except FileNotFoundError:
             raise ConfigError(f"{path} is missing: a model directory needs a config.json") from None
         except (OSError, ValueError, RecursionError) as error:

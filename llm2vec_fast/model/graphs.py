@@ -76,11 +76,12 @@ class Bucket(NamedTuple):
         ids: Sequence[Sequence[int] | np.ndarray],
         spans: Sequence[tuple[int, int]],
         device: torch.device | str,
+        vocab_size: int = 1 << 31,
     ) -> PackedBatch:
         """As `PackedBatch.build`, with the dummy texts behind."""
         fill = self.dummies([len(text) for text in ids])
         ids = [*ids, *(np.zeros(n, dtype=np.int32) for n in fill)]
-        batch = PackedBatch.build(ids, [*spans, *((0, n) for n in fill)], device)
+        batch = PackedBatch.build(ids, [*spans, *((0, n) for n in fill)], device, vocab_size)
         return dataclasses.replace(batch, max_seqlen=self.longest)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from llm2vec_fast.model.checkpoint import (
     DTYPES,
     TensorOnDisk,
     WeightsError,
+    inside,
     read_header,
     read_into,
     read_tensor,
@@ -26,6 +29,7 @@ from llm2vec_fast.model.checkpoint import (
     write_safetensors,
 )
 from llm2vec_fast.model.config import ModelConfig
+from llm2vec_fast.model.small_file import read_json
 from llm2vec_fast.model.transformer import Transformer
 from llm2vec_fast.model.weights import Slot, name_map, rows_of
 
@@ -39,6 +43,16 @@ UNSUPPORTED = (
 )  # fmt: skip
 # These subtract the first adapter from the base weights, so that W + B A is not what was trained.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
+
+
+MATCHER = """
+import json, re, sys
+expressions, names = json.load(sys.stdin)
+for expression in expressions:
+    for name in names:
+        re.match(expression, name)
+"""
+MATCHING_SECONDS = 10  # a thousand names take milliseconds
 
 
 class AdapterError(WeightsError):
@@ -71,7 +85,7 @@ def read_config(directory: Path) -> dict:
     """adapter_config.json of a directory. Raises AdapterError naming the file."""
     path = directory / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict) or str(config.get("peft_type", "LORA")).upper() != "LORA":
@@ -148,7 +162,8 @@ def open_adapter(directory: Path, model: ModelConfig) -> Adapter:
         for name, slot in name_map(model).items()
         if name.endswith("_proj.weight")
     }
-    found = _by_module(read_header(path), path)
+    _refuse_endless(config, linears, directory / CONFIG)
+    found = _by_module(read_header(inside(directory, WEIGHTS)), path)
     wanted = {name for name in linears if _is_target(name, config)}
     for what, names in (("missing", wanted - found.keys()), ("unexpected", found.keys() - wanted)):
         if names:
@@ -164,6 +179,23 @@ def open_adapter(directory: Path, model: ModelConfig) -> Adapter:
         if name in found
     }
     return Adapter(directory, config, updates)
+
+
+def _refuse_endless(config: dict, names: Iterable[str], path: Path) -> None:
+    """Matches the file's expressions in a process of its own first: Python's know no limit of time,
+    and one like `(a+)+b` takes years. Expressions that repeat nothing are let through.
+    """
+    whole = [config[key] for key in ("target_modules", "exclude_modules") if key in config]
+    keys = [key for kind in ("rank_pattern", "alpha_pattern") for key in config.get(kind) or {}]
+    repeats = [e for e in (*whole, *keys) if isinstance(e, str) and re.search(r"[*+{]", e)]
+    if not repeats:
+        return
+    told = json.dumps([[_ending(e) for e in repeats], [f"model.{name}" for name in names]])
+    command = [sys.executable, "-I", "-S", "-c", MATCHER]
+    try:
+        subprocess.run(command, input=told.encode(), timeout=MATCHING_SECONDS, check=True)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+        raise AdapterError(f"{path}: matching {repeats!r:.200} with names does not end") from error
 
 
 def _by_module(tensors: dict[str, TensorOnDisk], path: Path) -> dict[str, dict[str, TensorOnDisk]]:

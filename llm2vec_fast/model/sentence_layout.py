@@ -55,7 +55,7 @@ def read_layout(directory: Path, config: dict) -> dict:
                 f"of sentence-transformers' modules only {', '.join(RUNS)} run here"
             )
     pooling = next((m.get("path") for m in modules[1:] if "Pooling" in str(m.get("type"))), None)
-    if pooling is not None and Path(str(pooling)).name != pooling:
+    if pooling is not None and (Path(str(pooling)).name != pooling or pooling == ".."):
         raise ValueError(f"{directory / MODULES}: {pooling!r:.80} is no directory beside it")
     told = {} if pooling is None else _pooling(directory / pooling / "config.json")
     prompts = _read(directory / "config_sentence_transformers.json", dict).get("prompts")
@@ -98,10 +98,10 @@ def _max_length(directory: Path, config: dict) -> int | None:
 
 def _read(path: Path, kind: type):
     """The JSON of a file, or an empty value of that kind where there is none."""
-    if not path.exists():
-        return kind()
     try:
         told = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return kind()
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     rows = told if kind is list else [told]

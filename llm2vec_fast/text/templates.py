@@ -31,10 +31,11 @@ class Template:
     @classmethod
     def parse(cls, template: str | None) -> Template:
         """From a string with one `{text}`, the name of a known model, or "none" / None."""
-        template = BY_NAME.get(template or "", template)
+        if isinstance(template, str):
+            template = BY_NAME.get(template, template)
         if template is None or template == "none":
             return cls()
-        if template.count(PLACE) != 1:
+        if not isinstance(template, str) or template.count(PLACE) != 1:
             raise ValueError(
                 f"template {template!r} must hold {PLACE!r} exactly once, be 'none', "
                 f"or name one of: {', '.join(BY_NAME)}"
