@@ -14,7 +14,7 @@ PINS   := -c constraints.txt
 demo: $(STAMP)/project
 	$(BIN)/llm2vec-fast demo
 
-test: $(STAMP)/project
+test: $(STAMP)/dev
 	$(BIN)/python -m pytest
 
 # The versions of a GPU machine, with PyPI's CUDA build of torch (4.7 GB; needs no GPU to import):
@@ -27,19 +27,19 @@ test-twin: .venv-twin/.stamp
 	$(TWIN_PYTHON) -m venv .venv-twin
 	.venv-twin/bin/pip install -q -c constraints-twin.txt torch "setuptools>=77"
 	.venv-twin/bin/pip install -q -c constraints-twin.txt 'seqeval>=1.2'
-	.venv-twin/bin/pip install -q -c constraints-twin.txt --no-build-isolation -e '.[demo,dev]'
+	.venv-twin/bin/pip install -q -c constraints-twin.txt --no-build-isolation -e '.[test]'
 	touch $@
 
 # An hour: 5,000 damaged inputs a reader, every fault of a job up to twenty times, then ten minutes
 # of a million documents with a fault every half minute. Prints the table of README.
-soak: $(STAMP)/project
+soak: $(STAMP)/dev
 	$(BIN)/python -m pytest -m soak
 	$(BIN)/python -m benchmarks.soak --write
 
-lint: $(STAMP)/project
+lint: $(STAMP)/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-install: $(STAMP)/project
+install: $(STAMP)/dev
 
 # The official llm2vec with the old transformers it needs, to be compared with and measured against.
 official: $(STAMP)/project
@@ -57,8 +57,13 @@ $(STAMP)/torch: constraints.txt $(STAMP)/venv
 	touch $@
 
 $(STAMP)/project: pyproject.toml setup.py $(wildcard csrc/*) $(STAMP)/torch
+	$(PIP) install -q $(PINS) --no-build-isolation -e '.[demo]'
+	touch $@
+
+# The project is there already: pip adds what the extra asks for and builds nothing again.
+$(STAMP)/dev: $(STAMP)/project
 	$(PIP) install -q $(PINS) seqeval  # a source package that asks for an isolated build
-	$(PIP) install -q $(PINS) --no-build-isolation -e '.[demo,dev]'
+	$(PIP) install -q $(PINS) 'llm2vec-fast[dev]'
 	touch $@
 
 clean:

@@ -63,7 +63,7 @@ def settle(
     }
     if official["max_length"] and not official["doc_max_length"] and compat == "fixed":
         settings["doc_max_length"] = official["max_length"]
-    if settings["pooling_mode"] not in POOLING:
+    if not isinstance(settings["pooling_mode"], str) or settings["pooling_mode"] not in POOLING:
         raise ValueError(
             f"pooling_mode {settings['pooling_mode']!r} is unknown; known: {', '.join(POOLING)}"
         )

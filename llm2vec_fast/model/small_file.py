@@ -17,9 +17,9 @@ def plain_file(path: Path) -> Path:
     """
     size = path.stat().st_size
     if not path.is_file():
-        raise OSError("it is not a plain file")
+        raise OSError(f"{path} is not a plain file")
     if size > LIMIT:
-        raise ValueError(f"{size} bytes are more than such a file may have ({LIMIT})")
+        raise ValueError(f"{path} has {size} bytes, more than such a file may have ({LIMIT})")
     return path
 
 

@@ -1,6 +1,6 @@
 """Token ids, truncation and spans exactly as llm2vec 0.2.3 makes them, for existing indexes.
 
-Its faults are kept on purpose (README lists them): words are dropped until a text fits, a text
+Its faults are kept on purpose (docs/moving_from_llm2vec.md lists them): words are dropped until a text fits, a text
 that holds the separator is torn, the span is as long as the text tokenises alone. Where the
 official outcome hangs on the padding of the batch (a text without tokens) or is a crash (a span
 longer than the sequence), the whole sequence is pooled.
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llm2vec_fast.text.tokenize import EMPTY, TextTokenizer, Tokens, clean
+from llm2vec_fast.text.tokenize import EMPTY, TextTokenizer, Tokens, broken_where, clean
 
 SEPARATOR = "!@#$%^&*()"
 # What the official library appends for eos pooling, by config class; one model by its exact name.
@@ -81,4 +81,5 @@ class OfficialTokenizer(TextTokenizer):
         return Tokens(ids, start, len(ids), status)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self.raw.encode_batch_fast(texts, add_special_tokens=False)]
+        with broken_where(self.directory):
+            return [e.ids for e in self.raw.encode_batch_fast(texts, add_special_tokens=False)]

@@ -10,7 +10,8 @@ offsets, and truncation drops tokens from the end of the text alone, never templ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,13 +71,16 @@ class TextTokenizer:
         settings = _settings(directory)
         self.eos_id = self._special(settings.get("eos_token"))
         self.bos_id = self._special(settings.get("bos_token"))
-        self.start_ids, self.end_ids = self._added_around(settings)
+        with broken_where(directory):
+            self.start_ids, self.end_ids = self._added_around(settings)
         if pooling_mode == "bos_token" and self.bos_id not in self.start_ids:
             raise ValueError(
                 f"pooling_mode 'bos_token' needs a tokenizer that adds a beginning-of-sequence "
                 f"token; the one in {directory} adds none"
             )
-        self._prepare()
+        with broken_where(directory):
+            self._prepare()
+        self.directory = directory
 
     def __getstate__(self) -> dict:
         """`tokenizers` forgets this setting when it is pickled (for worker processes)."""
@@ -108,7 +112,8 @@ class TextTokenizer:
         strings = [source.lead + source.text + source.tail for source in sources]
         plain = not any(source.lead or source.tail for source in sources)
         run = self.raw.encode_batch_fast if plain else self.raw.encode_batch
-        return run(strings, add_special_tokens=False)
+        with broken_where(self.directory):
+            return run(strings, add_special_tokens=False)
 
     def _source(self, text: str, instruction: str) -> Source:
         text, lead = clean(text), clean(instruction)
@@ -262,14 +267,27 @@ def clean(text: str) -> str:
     return text
 
 
+@contextmanager
+def broken_where(path: Path) -> Iterator[None]:
+    """Whatever a hostile tokenizer.json makes of the library becomes a ValueError: bare exceptions,
+    and panics in Rust, which are no Exception.
+    """
+    try:
+        yield
+    except ValueError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{path} is not a valid tokenizer: {error!s:.300}") from error
+
+
 def _load(directory: Path) -> Tokenizer:
     """tokenizer.json read directly (AutoTokenizer takes seconds); transformers where it lacks."""
     path = directory / "tokenizer.json"
     if path.exists():
-        try:
+        with broken_where(path):
             return Tokenizer.from_file(str(plain_file(path)))
-        except Exception as error:  # the library raises bare Exception on malformed files
-            raise ValueError(f"{path} is not a valid tokenizer: {error}") from error
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)

@@ -1,6 +1,6 @@
-"""Faults 1 to 11, 18 to 23, 25 and 26 of a bulk job, whole: what is stored, refused, and resumed.
+"""Faults of a bulk job, whole: what is stored, refused, and resumed.
 
-Where each fault is tested; new are the tests of this file and of test_kill.py:
+Where each of the 29 faults is tested; `soak` is a row of benchmarks/soak.py (`make soak`):
 
  1 no texts            test_no_texts here; test_vectors::test_no_rows; an empty file:
                        test_run::test_an_empty_file_gives_no_shards
@@ -14,7 +14,8 @@ Where each fault is tested; new are the tests of this file and of test_kill.py:
  6 odd characters      test_run::test_statuses_of_rows_that_are_not_plain_text,
                        test_tokenize::test_odd_characters_survive
  7 50 MB               test_a_document_of_50_mb here; test_read::test_a_line_of_50_mb,
-                       test_tokenize::test_fifty_megabytes_take_bounded_time
+                       test_tokenize::test_fifty_megabytes_take_bounded_time; without end:
+                       test_security::test_a_document_that_unpacks_without_end_is_refused
  8 no spaces           test_documents_above_the_budget here;
                        test_tokenize::test_a_long_text_without_spaces_is_not_emptied
  9 special tokens      test_tokenize::test_special_tokens_in_a_text_are_plain_characters
@@ -24,21 +25,33 @@ Where each fault is tested; new are the tests of this file and of test_kill.py:
 12 out of memory       test_worker::test_out_of_memory_halves_the_batches and the two after it
 13 not finite          test_checkpoint::test_weights_that_are_not_finite_are_refused_by_name,
                        test_run::test_a_vector_that_is_not_finite_is_never_written_as_ok
-18 killed              test_kill
+14 safetensors         test_checkpoint::test_malformed_files_are_refused_by_name;
+                       fuzz/test_model_files::test_weights
+15 index of shards     test_checkpoint (names, links); fuzz/test_model_files::test_index_of_shards
+16 adapters            test_lora::test_weights_that_do_not_fit; fuzz/test_model_files (two tests)
+17 config.json         test_config::test_hostile_configs_are_refused_by_file...; test_security;
+                       fuzz/test_model_files::test_config, test_tokenizer, test_other_settings
+18 killed              test_kill; soak: one process, torchrun, Ray
 19 killed in between   test_kill; test_shards_of_another_place here;
                        test_store::test_npy_alone_is_not_finished
 20 damaged shards      test_shards_of_another_place here; test_store, test_verify,
                        test_walk::test_verify_redoes_what_is_damaged,
-                       test_run::test_resume_redoes_only_what_has_no_valid_shard
+                       test_run::test_resume_redoes_only_what_has_no_valid_shard;
+                       fuzz/test_outputs; soak: truncated shard, flipped bit
 21 another job         test_another_model here; test_plan,
                        test_run::test_resuming_as_another_job_is_refused and the two after it
 22 full or read-only   test_a_disk_that_fills_up, test_a_directory_that_cannot_be_written here;
-                       test_cli::test_a_full_disk_ends_it_cleanly, test_store, test_ids
+                       test_cli::test_a_full_disk_ends_it_cleanly, test_store, test_ids;
+                       soak: a small tmpfs
 23 two writers         test_cli::test_a_second_writer_is_refused, test_walk, test_lock
+24 a worker killed     soak: torchrun, Ray; tests/test_soak
 25 signals             test_cli::test_signals_end_it_cleanly_and_the_same_command_resumes,
                        test_pipeline::test_an_interrupt_still_stores_what_is_computed
 26 duplicate ids       test_duplicate_ids here; test_walk::test_unique_ids_over_inputs_and_runs,
                        test_ids; killed in between: test_kill
+27 memory flat         soak: the long run; benchmarks/bench_scale.py
+28 training killed     tests/train/test_kill
+29 NaN loss            tests/train/test_loop::test_a_loss_that_is_not_finite
 """
 
 from __future__ import annotations

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llm2vec_fast.train.config import load
 from llm2vec_fast.train.pairs import Example
 from llm2vec_fast.train.ranks import ALONE, Ranks, local_device
-from llm2vec_fast.train.run import load_encoder
+from llm2vec_fast.train.run import load_encoder, train
 from llm2vec_fast.train.simcse import SimCSE
 from llm2vec_fast.train.supervised import Supervised
 
@@ -207,6 +211,63 @@ def test_each_rank_has_its_own_gpu(monkeypatch, asked, gpus, local, device):
         monkeypatch.setenv("LOCAL_RANK", local)
     assert local_device(asked) == device
     assert chosen == ([device] if device and device.startswith("cuda:") else [])
+
+
+def child_of(process: subprocess.Popen, rank: int) -> int:
+    """The process that torchrun has started as this rank."""
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0"):
+            return int(pid)
+    raise AssertionError(f"no rank {rank}")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
+def test_a_rank_is_killed_and_the_run_resumes_to_what_one_process_gives(base, tmp_path):
+    """By torchrun: the other rank ends in seconds, the killed one is named, the same command goes
+    on, and losses and adapter are those of one process with the batches of both.
+    """
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    (tmp_path / "t.txt").write_text("\n".join(TEXTS))
+    given = {
+        "model_name_or_path": base, "train_file": str(tmp_path / "t.txt"), "max_steps": 60,
+        "save_steps": 5, "logging_steps": 1, "torch_dtype": "float32", "device": "cpu",
+        "simcse_dropout": 0.0, "lora_dropout": 0.0, "lora_r": 4, "learning_rate": 1e-3,
+    }  # fmt: skip
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(given | {"per_device_train_batch_size": 4}))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "llm2vec_fast", "train", "simcse", str(path), "--output_dir", str(out),
+    ]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    while len(losses(out)) < 12:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    os.kill(child_of(process, 1), signal.SIGKILL)
+    began = time.monotonic()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 1 and time.monotonic() - began < 20
+    assert re.search(r"rank +: 1 \(local_rank: 1\)\s+exitcode +: -9", told), told[-2000:]
+    assert 12 <= len(losses(out)) < 60, "it was over before the kill"
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "resuming" in done.stderr, done.stderr[-2000:]
+    one = given | {"per_device_train_batch_size": 8, "output_dir": str(alone)}
+    train(load("simcse", None, one)[0])
+    assert len(losses(out)) == 60
+    assert losses(out) == pytest.approx(losses(alone), rel=1e-4)
+    ours, theirs = (load_file(d / "adapter_model.safetensors") for d in (out, alone))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert tensor.any()
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def losses(output: Path) -> list[float]:
+    """Of every step that is logged whole."""
+    path = output / "training_log.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [told["loss"] for told in map(json.loads, lines) if "loss" in told]
 
 
 def main(port: str, base: str, out: str) -> int:
