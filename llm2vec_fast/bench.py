@@ -23,7 +23,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from llm2vec_fast import ops
-from llm2vec_fast.corpus.read import Columns, Rows, open_sources
 from llm2vec_fast.encoder import LLM2Vec
 from llm2vec_fast.model.weights import unfused
 from llm2vec_fast.model.work import forward_flop, matmul_rate, seconds_of
@@ -35,24 +34,6 @@ ARRIVAL = 32  # what libraries take where nobody asks
 CPU_TOKENS = 16_384  # in a padded batch on a CPU, where more takes memory and is no faster
 HEADS = ("tokens/s", "docs/s", "of\nmatmul", "peak\nMB", "ours is\nfaster", "min\ncosine")
 PASSES = 20  # of ours over all texts: about what finding sizes and two rounds take in all
-
-
-def read_texts(inputs: Sequence[str], text_column: str = "text", limit: int = 200) -> list[str]:
-    """The first `limit` texts of files, as `embed` reads them; empty ones are left out.
-
-    raises: ValueError for what is missing or cannot be read, a row that is no text, and no texts
-    """
-    texts: list[str] = []
-    for source in open_sources(inputs):
-        with Rows(source, Columns(text=text_column)) as rows:
-            while not rows.done and len(texts) < limit:
-                for row in rows.take(limit - len(texts))[0]:
-                    if row.error:
-                        raise ValueError(f"text {row.id}: {row.error}")
-                    texts += [row.text] if row.text.strip() else []
-    if not texts:
-        raise ValueError(f"no texts in {', '.join(inputs)}: every row is empty, or there are none")
-    return texts
 
 
 class Stock:

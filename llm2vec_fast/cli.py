@@ -176,10 +176,11 @@ def bench(
     from llm2vec_fast.doctor import machine
     from llm2vec_fast.encoder import LLM2Vec
     from llm2vec_fast.model.checkpoint import write_json
+    from llm2vec_fast.train.data import read_texts
 
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise ValueError(f"--json {output}: name a file in a directory that exists")
-    own = run.read_texts(files, text_column, texts) if files else None
+    own = read_texts(files, text_column=text_column, limit=texts) if files else None
     corpus = own or [text for _, text in sample(texts)]
     encoder = LLM2Vec.from_pretrained(model, adapter, dtype=dtype, device=device)
     here = machine()

@@ -1,9 +1,9 @@
 """Token ids, truncation and spans exactly as llm2vec 0.2.3 makes them, for existing indexes.
 
-Its faults are kept on purpose (docs/moving_from_llm2vec.md lists them): words are dropped until a text fits, a text
-that holds the separator is torn, the span is as long as the text tokenises alone. Where the
-official outcome hangs on the padding of the batch (a text without tokens) or is a crash (a span
-longer than the sequence), the whole sequence is pooled.
+Its faults are kept on purpose (docs/moving_from_llm2vec.md lists them): words are dropped until a
+text fits, a text that holds the separator is torn, the span is as long as the text tokenises alone.
+Where the official outcome hangs on the padding of the batch (a text without tokens) or is a crash
+(a span longer than the sequence), the whole sequence is pooled.
 """
 
 from __future__ import annotations

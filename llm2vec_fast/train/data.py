@@ -54,8 +54,10 @@ def read_texts(
         with Rows(found, Columns(text=text_column)) as rows:
             while not rows.done and not _full(texts, limit):
                 for row in rows.take(TAKE)[0]:
+                    if _full(texts, limit):
+                        break
                     if row.error:
-                        raise ValueError(f"training text {row.id}: {row.error}")
+                        raise ValueError(f"text {row.id}: {row.error}")
                     _add(texts, row.text, limit)
     names = [source] if isinstance(source, str | Path) else source
     return _some(texts, ", ".join(map(str, names)))
@@ -117,7 +119,7 @@ def _add(texts: Texts, text: str, limit: int | None) -> None:
 
 def _some(texts: Texts, where: str) -> Texts:
     if not texts:
-        raise ValueError(f"no texts to train on in {where}: {texts.n_empty} empty rows")
+        raise ValueError(f"no texts in {where}: {texts.n_empty} empty rows")
     return texts
 
 

@@ -234,8 +234,8 @@ def test_another_column(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"", "no texts to train on in .*a.txt"),
-        ("a.txt", b"\n \n\n", "no texts to train on in .*a.txt: 3 empty rows"),
+        ("a.txt", b"", "no texts in .*a.txt"),
+        ("a.txt", b"\n \n\n", "no texts in .*a.txt: 3 empty rows"),
         ("a.txt", b"good\n\xff\xfe\n", "a.txt:1: not valid UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n{"text": 5}\n', "a.jsonl:1: field 'text' is 5, not text"),
         (
@@ -309,7 +309,7 @@ def test_refusals_of_data_sets(fake_datasets, monkeypatch):
     with pytest.raises(ValueError, match=r"data set 'x', row 2: 5 is not text"):
         load_dataset_texts("x", None)
     fake_datasets(text=["", " "])
-    with pytest.raises(ValueError, match="no texts to train on in data set 'x', split 'train': 2"):
+    with pytest.raises(ValueError, match="no texts in data set 'x', split 'train': 2"):
         load_dataset_texts("x", None)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="pip install datasets"):
@@ -344,3 +344,10 @@ def test_keys_are_the_same_in_every_process():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
     assert out.strip() == str(text_keys(["a", "b"]).tolist())
+
+
+def test_what_lies_behind_the_limit_is_not_looked_at(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": 3}\n')
+    assert read_texts(tmp_path / "a.jsonl", limit=1) == ["good"]
+    with pytest.raises(ValueError, match=r"a\.jsonl:1"):
+        read_texts(tmp_path / "a.jsonl")

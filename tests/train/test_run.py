@@ -305,9 +305,9 @@ def test_other_data_and_another_model_are_refused(settle, place, tmp_path, tiny_
 @pytest.mark.parametrize(
     ("kind", "text", "fields", "told"),
     [
-        ("mntp", "", {}, "no texts to train on"),
-        ("mntp", "\n \n\t\n", {}, "no texts to train on"),
-        ("simcse", "", {}, "no texts to train on"),
+        ("mntp", "", {}, "no texts"),
+        ("mntp", "\n \n\t\n", {}, "no texts"),
+        ("simcse", "", {}, "no texts"),
         ("mntp", "short\n", {}, r"fewer than one chunk of max_seq_length = 32.*line_by_line"),
         (
             "mntp",
