@@ -50,7 +50,7 @@ import json, re, sys
 expressions, names = json.load(sys.stdin)
 for expression in expressions:
     for name in names:
-        re.match(expression, name)
+        re.fullmatch(expression, name)
 """
 MATCHING_SECONDS = 10  # a thousand names take milliseconds
 
@@ -185,15 +185,18 @@ def _refuse_endless(config: dict, names: Iterable[str], path: Path) -> None:
     """Matches the file's expressions in a process of its own first: Python's know no limit of time,
     and one like `(a+)+b` takes years. Expressions that repeat nothing are let through.
     """
-    whole = [config[key] for key in ("target_modules", "exclude_modules") if key in config]
+    whole = [config.get(key) for key in ("target_modules", "exclude_modules")]
     keys = [key for kind in ("rank_pattern", "alpha_pattern") for key in config.get(kind) or {}]
     repeats = [e for e in (*whole, *keys) if isinstance(e, str) and re.search(r"[*+{]", e)]
     if not repeats:
         return
-    told = json.dumps([[_ending(e) for e in repeats], [f"model.{name}" for name in names]])
+    told = json.dumps([[*repeats, *map(_ending, keys)], [f"model.{name}" for name in names]])
     command = [sys.executable, "-I", "-S", "-c", MATCHER]
     try:
-        subprocess.run(command, input=told.encode(), timeout=MATCHING_SECONDS, check=True)
+        subprocess.run(
+            command, input=told.encode(), timeout=MATCHING_SECONDS, check=True,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
         raise AdapterError(f"{path}: matching {repeats!r:.200} with names does not end") from error
 
