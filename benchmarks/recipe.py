@@ -149,9 +149,9 @@ def run_training(kind: str, shared: Path, work: Path, fields: list[str]) -> None
         below = [str(work / name) for name in TRAININGS[: TRAININGS.index(kind)]]
         given |= {"peft_model_name_or_path": json.dumps(below), "eval_steps": 60}
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    config = HERE.parent / f"examples/train/smollm2_{kind}.json"
-    kind = "supervised" if kind == "docstrings" else kind
-    command = [sys.executable, "-m", "llm2vec_fast", "train", kind, str(config)]
+    name = "docstrings_supervised" if kind == "docstrings" else kind
+    config = HERE.parent / f"examples/train/smollm2_{name}.json"
+    command = [sys.executable, "-m", "llm2vec_fast", "train", name.split("_")[-1], str(config)]
     subprocess.run([*command, *words, *fields], check=True)
 
 

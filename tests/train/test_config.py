@@ -145,8 +145,8 @@ def test_an_example_loads_without_a_word(path):
     assert lines == [] and config.kind == kind
 
 
-def test_examples_of_each_training_for_two_models():
-    assert len(EXAMPLES) == 6 and {p.stem.rpartition("_")[2] for p in EXAMPLES} == set(KINDS)
+def test_examples_of_each_training():
+    assert len(EXAMPLES) == 7 and {p.stem.rpartition("_")[2] for p in EXAMPLES} == set(KINDS)
 
 
 # Classes of keys
