@@ -21,8 +21,9 @@ from torch import Tensor
 
 from benchmarks import official as official_library
 from benchmarks.measure import seconds_of
-from benchmarks.shapes import MAX_TOKENS, Workload, copy_of, stock_of
+from benchmarks.shapes import MAX_TOKENS, Workload, copy_of
 from llm2vec_fast import LLM2Vec, ops
+from llm2vec_fast.bench import stock_model
 from llm2vec_fast.corpus import embed
 from llm2vec_fast.text import Tokens
 
@@ -197,7 +198,7 @@ def compiled(work: Workload) -> Ready:
     if work.device.type != "cuda":
         raise RuntimeError("measured on a GPU only")
     torch.compiler.reset()
-    model = stock_of(work.ours.model)
+    model = stock_model(work.ours.model)
     model.forward = torch.compile(model.forward, dynamic=True)
     waste = padding_waste(work.lengths, BATCH, True)
     return Ready(lambda part: padded(model, part.ids, BATCH, True), waste, f"batch {BATCH}")
@@ -223,7 +224,7 @@ def unpadded(work: Workload) -> Ready:
     from transformers import AttentionInterface
 
     AttentionInterface.register(VARLEN, varlen)
-    model, probe = stock_of(work.ours.model, VARLEN), work.probe()
+    model, probe = stock_model(work.ours.model, VARLEN), work.probe()
     best = fastest(
         lambda size: seconds_of(lambda: flattened(model, probe.ids, size), work.device),
         BATCHES[work.device.type],

@@ -10,8 +10,8 @@
 Texts: WikiText-2 (valid and test), the State of the Union addresses, and the docstrings of this
 Python's standard library; nothing else. The pairs of `docstrings` are made of the last: a qualified
 name in words and its docstring, the first sentence of a docstring and the rest. The documents of
-the demo are kept out of the pairs; finding each by the words of its name is the table's retrieval
-task: in-domain, and labelled so. Further words after a training are its fields, as
+the demo are kept out of the pairs; finding them by the words of their names is the table's
+retrieval task: in-domain, and labelled so. Further words after a training are its fields, as
 `--max_steps 100`.
 """
 
@@ -112,8 +112,7 @@ def docstring_pairs() -> Iterator[dict]:
         seen.add(text)
         words = words_of(name)
         yield {"query": words, "positive": text}
-        first, _, rest = text.partition("\n\n")
-        first = " ".join(first.split())
+        first, rest = parts(text)
         if not (len(first.split()) in range(3, 31) and len(rest) >= 40):
             continue
         # A name that holds the sentence's first word ("compress") tells that it is a verb.
@@ -122,16 +121,26 @@ def docstring_pairs() -> Iterator[dict]:
         yield {"query": first, "positive": rest}
 
 
+def parts(text: str) -> tuple[str, str]:
+    """The first paragraph of a docstring in one line, and the rest."""
+    first, _, rest = text.partition("\n\n")
+    return " ".join(first.split()), rest
+
+
 def make_collection(directory: Path) -> None:
-    """The demo's documents in BEIR's layout, each asked for by the words of its name."""
+    """The demo's documents in BEIR's layout, each asked for by the words of its name; but not those
+    that share their first paragraph or their rest with a docstring that pairs are made of.
+    """
     (directory / "qrels").mkdir(parents=True, exist_ok=True)
-    chosen = sample()
+    documents = sample()
+    known = {text for _, text in documents}
+    trained = {part for _, text in docstrings() if text not in known for part in parts(text)} - {""}
     write_lines(directory / "corpus.jsonl", [{"_id": f"d{i}", "text": text}
-                                             for i, (_, text) in enumerate(chosen)])  # fmt: skip
-    write_lines(directory / "queries.jsonl", [{"_id": f"q{i}", "text": words_of(name)}
-                                              for i, (name, _) in enumerate(chosen)])  # fmt: skip
-    rows = [f"q{i}\td{i}\t1" for i in range(len(chosen))]
-    lines = ["query-id\tcorpus-id\tscore", *rows]
+                                             for i, (_, text) in enumerate(documents)])  # fmt: skip
+    asked = [i for i, (_, text) in enumerate(documents) if trained.isdisjoint(parts(text))]
+    write_lines(directory / "queries.jsonl",
+                [{"_id": f"q{i}", "text": words_of(documents[i][0])} for i in asked])  # fmt: skip
+    lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in asked)]
     (directory / "qrels/test.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

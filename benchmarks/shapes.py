@@ -17,10 +17,10 @@ import torch
 
 from benchmarks.measure import forward_flop
 from llm2vec_fast import LLM2Vec
+from llm2vec_fast.bench import stock_model
 from llm2vec_fast.demo import docstrings
 from llm2vec_fast.model import ModelConfig
 from llm2vec_fast.model.transformer import Transformer
-from llm2vec_fast.model.weights import unfused
 
 _LLAMA = {
     "model_type": "llama", "vocab_size": 32_000, "max_position_embeddings": 4096,
@@ -115,21 +115,6 @@ def copy_of(model: Transformer, dtype: torch.dtype | None = None) -> Transformer
     return copy.requires_grad_(False).eval()
 
 
-def stock_of(model: Transformer, attention: str = "sdpa"):
-    """transformers' own model on the same memory, bidirectional."""
-    from transformers import AutoConfig, AutoModel
-
-    raw = dict(model.config.source)
-    config = AutoConfig.for_model(raw.pop("model_type"), **raw)
-    config.is_causal = False  # on the config object: the only spelling that takes effect
-    with torch.device("meta"):
-        stock = AutoModel.from_config(config, attn_implementation=attention)
-    stock.load_state_dict(dict(unfused(model)), assign=True)
-    device = model.embed.weight.device
-    stock.rotary_emb = type(stock.rotary_emb)(config).to(device)  # no weight: its buffers are meta
-    return stock.requires_grad_(False).eval()
-
-
 @dataclass
 class Workload:
     """What a case embeds, and our model. `texts` and `path` are None where ids are random."""
@@ -190,7 +175,7 @@ class Workload:
 
     @functools.cached_property
     def stock(self):
-        return stock_of(self.ours.model)
+        return stock_model(self.ours.model)
 
     @functools.cached_property
     def tokenizer(self):

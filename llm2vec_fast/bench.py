@@ -24,6 +24,7 @@ from rich.table import Table
 
 from llm2vec_fast import ops
 from llm2vec_fast.encoder import LLM2Vec
+from llm2vec_fast.model.transformer import Transformer
 from llm2vec_fast.model.weights import unfused
 from llm2vec_fast.model.work import forward_flop, matmul_rate, seconds_of
 from llm2vec_fast.settings import POOLING
@@ -36,28 +37,35 @@ HEADS = ("tokens/s", "docs/s", "of\nmatmul", "peak\nMB", "ours is\nfaster", "min
 PASSES = 20  # of ours over all texts: about what finding sizes and two rounds take in all
 
 
+def stock_model(model: Transformer, attention: str = "sdpa"):
+    """transformers' own model on the memory of ours, its attention looking where ours looks."""
+    from transformers import AutoConfig, AutoModel
+
+    told = dict(model.config.source)
+    config = AutoConfig.for_model(told.pop("model_type"), **told)
+    # On the config object: as an argument of from_pretrained it is ignored without a word.
+    config.is_causal = model.causal
+    if not model.causal:  # with the causal mask the sliding window goes too
+        config.sliding_window = None
+        if getattr(config, "layer_types", None):
+            config.layer_types = ["full_attention"] * config.num_hidden_layers
+    with torch.device("meta"):
+        stock = AutoModel.from_config(config, attn_implementation=attention)
+    stock.load_state_dict(dict(unfused(model)), assign=True)
+    # No weight, so that its buffers are still on meta: the only ones.
+    stock.rotary_emb = type(stock.rotary_emb)(config).to(model.embed.weight.device)
+    return stock.requires_grad_(False).eval()
+
+
 class Stock:
     """transformers' own model on the weights of ours, without a copy; padded batches."""
 
     def __init__(self, ours: LLM2Vec):
-        from transformers import AutoConfig, AutoModel
-
         if ours.describe()["dtype"] == "fp8":
             raise ValueError("it has no such fp8: compare with --dtype bfloat16")
         self.tokenizer, self.device = ours.tokenizer, ours.device
         self.pooling = POOLING[ours.settings["pooling_mode"]]
-        config = AutoConfig.from_pretrained(ours.sources.config.parent)
-        # On the config object: as an argument of from_pretrained it is ignored without a word.
-        config.is_causal = not ours.settings["enable_bidirectional"]
-        if not config.is_causal:  # with the causal mask the sliding window goes too
-            config.sliding_window = None
-            if getattr(config, "layer_types", None):
-                config.layer_types = ["full_attention"] * config.num_hidden_layers
-        with torch.device("meta"):
-            model = AutoModel.from_config(config, attn_implementation="sdpa")
-        model.load_state_dict(dict(unfused(ours.model)), assign=True)
-        model.rotary_emb = type(model.rotary_emb)(config).to(self.device)  # the only one on meta
-        self.model = model.eval()
+        self.model = stock_model(ours.model)
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], size: int, by_length: bool) -> np.ndarray:

@@ -212,7 +212,7 @@ class Graphs:
     def run(self, batch: PackedBatch, mode: str) -> Tensor:
         """(B, D) fp32 vectors of a batch that `Bucket.build` made, the dummy texts' among them."""
         # What was forced by ops.use is what was captured.
-        key = (batch.n_tokens, len(batch), batch.max_seqlen, mode, *backend._forced.items())
+        key = (batch.n_tokens, len(batch), batch.max_seqlen, mode, *backend.forced())
         with self.lock:
             graph = self.graphs.get(key)
             if graph is None and key in self.seen:

@@ -79,6 +79,11 @@ def arch_of(device: torch.device) -> int:
     return _arch_of_device[index]
 
 
+def forced() -> tuple[tuple[str, str], ...]:
+    """(operation, backend) of all that `use` forces now."""
+    return tuple(_forced.items())
+
+
 def set_meta_arch(arch: int) -> int:
     """Sets which GPU meta tensors stand for (90 for 9.0); returns what was set before."""
     global _meta_arch
