@@ -67,4 +67,4 @@ $(STAMP)/dev: $(STAMP)/project
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-twin build *.egg-info llm2vec_fast/_cuda.so
+	rm -rf $(VENV) .venv-twin build *.egg-info llm2vec_fast/_cuda.so llm2vec_fast/_cpu.so

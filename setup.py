@@ -1,11 +1,13 @@
-"""Packaging lives in pyproject.toml; here the CUDA library of csrc/ is built, with plain nvcc.
+"""Packaging lives in pyproject.toml; here the two libraries of csrc/ are built: CUDA kernels with
+plain nvcc, the CPU's with a C++ compiler.
 
 LLM2VEC_FAST_CUDA   auto (default): build where nvcc and torch are found, and if that fails say so
                     and go on without; 1: whatever prevents the library is an error; 0: never build
+LLM2VEC_FAST_CPU    the same for the CPU's library, which needs torch and c++ (or what CXX names)
 LLM2VEC_FAST_ARCHS  GPU architectures, for example "80;90a"; by default those of DEFAULT_ARCHS that
                     this nvcc knows. PTX of the newest serves GPUs that are newer still.
 
-The library uses only torch's stable ABI and nothing of Python's: one build serves every torch from
+The libraries use only torch's stable ABI and nothing of Python's: one build serves every torch from
 2.10 on and every Python.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -28,15 +31,21 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-SOURCES = ("library.cpp", "add_rms_norm.cu", "pool.cu", "swiglu.cu")
+SOURCES = {
+    "cuda": ("library.cpp", "add_rms_norm.cu", "pool.cu", "swiglu.cu"),
+    "cpu": ("cpu_library.cpp", "cpu_kernels.cpp"),
+}
+# What cpu_kernels.cpp is compiled for: floats in a vector, queries at a time, -march.
+X86 = {"avx512": (16, 8, "x86-64-v4"), "avx2": (8, 6, "x86-64-v3"), "plain": (4, 4, "x86-64")}
 DEFAULT_ARCHS = "80;86;89;90a;100;120"
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"  # 2.10
 
 
-def wish() -> str:
-    value = os.environ.get("LLM2VEC_FAST_CUDA", "auto")
+def wish(kind: str) -> str:
+    name = f"LLM2VEC_FAST_{kind.upper()}"
+    value = os.environ.get(name, "auto")
     if value not in ("auto", "1", "0"):
-        raise SystemExit(f"LLM2VEC_FAST_CUDA must be auto, 1 or 0, got {value!r}")
+        raise SystemExit(f"{name} must be auto, 1 or 0, got {value!r}")
     return value
 
 
@@ -46,18 +55,24 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
 
 
+def find_cxx() -> str | None:
+    return shutil.which(os.environ.get("CXX") or "c++")
+
+
 def find_torch() -> Path | None:
     """Where torch is installed; torch itself is not imported, which takes seconds."""
     spec = importlib.util.find_spec("torch")
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
-def missing() -> str | None:
+def missing(kind: str) -> str | None:
     """What prevents building on this machine, or None."""
     if not sys.platform.startswith("linux"):
-        return "the CUDA library is built on Linux only"
-    if find_nvcc() is None:
+        return "the libraries of csrc/ are built on Linux only"
+    if kind == "cuda" and find_nvcc() is None:
         return "nvcc was not found; put it on PATH or set CUDA_HOME to a CUDA toolkit"
+    if kind == "cpu" and find_cxx() is None:
+        return "no C++ compiler was found; put c++ on PATH or name one by CXX"
     if find_torch() is None:
         return "torch is not installed here; install it first, then use --no-build-isolation"
     return None
@@ -102,46 +117,71 @@ def digest(*parts: str | bytes) -> str:
     return whole.hexdigest()[:16]
 
 
-def build(library: Path, work: Path) -> None:
-    """Compiles csrc/ and links it to `library`. What is unchanged since the last build is taken
-    from `work`: file names there carry a digest of sources, headers, flags and versions.
-
-    raises: CompileError with the compiler's own words
-    """
-    reason = missing()
-    if reason is not None:
-        raise CompileError(reason)
-    nvcc, torch = find_nvcc(), find_torch()
+def cuda_jobs(torch: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """The command that links, and for each object the command that compiles it."""
+    nvcc = find_nvcc()
     compile_ = [nvcc, "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     device = gencode(archs(nvcc))
     host = [TORCH_TARGET, "-DUSE_CUDA", "-isystem", str(torch / "include")]
+    jobs = {
+        Path(name).stem: [*compile_, *(host if name.endswith(".cpp") else device), "-c", name]
+        for name in SOURCES["cuda"]
+    }
+    # libtorch_cuda is not among the libraries: with it, CPU builds of torch could not load us.
+    hide = ["-ldl", "-Xlinker=--exclude-libs,ALL", "-Xlinker=-s"]
+    return [nvcc, "-shared", "-cudart=static", *hide], jobs
+
+
+def cpu_jobs(torch: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """The same for the CPU's library: its kernels once for each instruction set."""
+    compile_ = [find_cxx(), "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi",
+                "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]  # fmt: skip
+    kinds = X86 if platform.machine() in ("x86_64", "AMD64") else {"plain": (4, 4, "")}
+    host = [TORCH_TARGET, "-isystem", str(torch / "include")]
+    jobs = {"cpu_library": [*compile_, *host, "-c", "cpu_library.cpp"]}
+    for isa, (width, rows, march) in kinds.items():
+        flags = [f"-DISA={isa}", f"-DWIDTH={width}", f"-DROWS={rows}"]
+        flags += [f"-march={march}"] if march else []
+        jobs[f"cpu_{isa}"] = [*compile_, *flags, "-c", "cpu_kernels.cpp"]
+    return [find_cxx(), "-shared", "-Wl,--exclude-libs,ALL", "-Wl,-s"], jobs
+
+
+def build(kind: str, library: Path, work: Path) -> None:
+    """Compiles csrc/ and links it to `library`. What is unchanged since the last build is taken
+    from `work`: file names there carry a digest of sources, headers, flags and versions.
+
+    kind:   "cuda" or "cpu"
+    raises: CompileError with the compiler's own words
+    """
+    reason = missing(kind)
+    if reason is not None:
+        raise CompileError(reason)
+    torch = find_torch()
+    link, commands = {"cuda": cuda_jobs, "cpu": cpu_jobs}[kind](torch)
     headers = [path.read_bytes() for path in sorted([*CSRC.glob("*.h"), *CSRC.glob("*.cuh")])]
-    versions = [run([nvcc, "--version"]), (torch / "version.py").read_text()]
+    versions = [run([link[0], "--version"]), (torch / "version.py").read_text()]
     work.mkdir(parents=True, exist_ok=True)
 
     jobs, objects = [], []
-    for name in SOURCES:
-        flags = host if name.endswith(".cpp") else device
-        source = (CSRC / name).read_bytes()
-        key = digest(name, source, *headers, *versions, *compile_, *flags)
-        target = work / f"{Path(name).stem}-{key}.o"
+    for name, command in commands.items():
+        source = (CSRC / command[-1]).read_bytes()
+        target = work / f"{name}-{digest(source, *headers, *versions, *command)}.o"
         objects.append(target)
         if not target.exists():
-            jobs.append(([*compile_, *flags, "-c", name], target))
+            jobs.append((command, target))
     cores = os.cpu_count() or 1
-    threads = str(max(1, cores // max(1, len(jobs))))  # of one compiler, for its architectures
+    threads = str(max(1, cores // max(1, len(jobs))))  # of one nvcc, for its architectures
+    more = ["--threads", threads] if kind == "cuda" else []
     with ThreadPoolExecutor(cores) as pool:
-        finish = [pool.submit(produce, [*job, "--threads", threads], to) for job, to in jobs]
+        finish = [pool.submit(produce, [*job, *more], to) for job, to in jobs]
         for future in finish:
             future.result()
 
-    linked = work / f"_cuda-{digest(*(path.name for path in objects))}.so"
+    names = [str(path) for path in objects]
+    libraries = ["-L", str(torch / "lib"), "-ltorch_cpu", "-lc10"]
+    linked = work / f"_{kind}-{digest(*link, *(path.name for path in objects))}.so"
     if not linked.exists():
-        # libtorch_cuda is not among the libraries: with it, CPU builds of torch could not load us.
-        names = [str(path) for path in objects]
-        libraries = ["-L", str(torch / "lib"), "-ltorch_cpu", "-lc10", "-ldl"]
-        hide = ["-Xlinker=--exclude-libs,ALL", "-Xlinker=-s"]
-        produce([nvcc, "-shared", "-cudart=static", *names, *libraries, *hide], linked)
+        produce([link[0], *names, *libraries, *link[1:]], linked)
     for path in work.iterdir():
         if path not in (*objects, linked):
             path.unlink()
@@ -158,27 +198,27 @@ def produce(command: list[str], target: Path) -> None:
     os.replace(unfinished, target)
 
 
-class BuildCuda(build_ext):
-    failed = False
+class BuildLibraries(build_ext):
+    failed: tuple[str, ...] = ()
 
     def get_ext_filename(self, fullname):
         return os.path.join(*fullname.split(".")) + ".so"  # no Python version: it uses none
 
     def build_extension(self, ext):
-        library = Path(self.get_ext_fullpath(ext.name))
+        library, kind = Path(self.get_ext_fullpath(ext.name)), ext.name.rpartition("_")[2]
         try:
-            build(library, ROOT / "build" / "cuda")
+            build(kind, library, ROOT / "build" / kind)
         except CompileError as error:
-            self.failed = True
+            self.failed += (ext.name,)
             library.unlink(missing_ok=True)
             if not ext.optional:
                 raise
-            say(f"building the CUDA library failed, going on without it:\n{error}")
+            say(f"building the {kind.upper()} library failed, going on without it:\n{error}")
 
     def copy_extensions_to_source(self):  # of editable and in-place builds
         super().copy_extensions_to_source()
-        if self.failed:  # a library of older sources would not fit
-            (ROOT / self.get_ext_filename("llm2vec_fast._cuda")).unlink(missing_ok=True)
+        for name in self.failed:  # a library of older sources would not fit
+            (ROOT / self.get_ext_filename(name)).unlink(missing_ok=True)
 
 
 class PlatformWheel(bdist_wheel):
@@ -192,19 +232,23 @@ def say(message: str) -> None:
 
 
 def extensions() -> list[Extension]:
-    value, reason = wish(), missing()
-    if value == "0":
-        return []
-    if value == "auto" and reason is not None:
-        say(f"no CUDA library: {reason}")
-        return []
-    sources = [f"csrc/{name}" for name in SOURCES]
-    headers = [f"csrc/{path.name}" for path in sorted(CSRC.glob("*.*h"))]
-    return [Extension("llm2vec_fast._cuda", sources, depends=headers, optional=value == "auto")]
+    found = []
+    for kind, names in SOURCES.items():
+        value, reason = wish(kind), missing(kind)
+        if value == "0":
+            continue
+        if value == "auto" and reason is not None:
+            say(f"no {kind.upper()} library: {reason}")
+            continue
+        sources = [f"csrc/{name}" for name in names]
+        headers = [f"csrc/{path.name}" for path in sorted(CSRC.glob("*.*h"))]
+        name = f"llm2vec_fast._{kind}"
+        found.append(Extension(name, sources, depends=headers, optional=value == "auto"))
+    return found
 
 
 if __name__ == "__main__":
     setup(
         ext_modules=extensions(),
-        cmdclass={"build_ext": BuildCuda, "bdist_wheel": PlatformWheel},
+        cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
     )

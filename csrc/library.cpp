@@ -8,43 +8,15 @@
 #include <algorithm>
 #include <array>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 
+#include "checks.h"
 #include "device.h"
 #include "kernels.h"
 
 namespace llm2vec_fast {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <class... Parts>
-void require(bool holds, const Parts&... parts) {
-  if (holds) return;
-  std::ostringstream told;
-  (told << ... << parts);
-  throw std::runtime_error(told.str());
-}
-
-std::string shape_of(const Tensor& t) {
-  std::string told = "(";
-  for (int64_t d = 0; d < t.dim(); ++d) told += (d ? ", " : "") + std::to_string(t.size(d));
-  return told + ")";
-}
-
-Dtype dtype_of(const char* op, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::Half: return Dtype::kFloat16;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    default: break;
-  }
-  throw std::runtime_error(std::string(op) + ": only float32, float16 and bfloat16 are computed");
-}
 
 // (rows, width) on the device, the elements of a row side by side; rows may lie apart.
 void require_rows(const char* op, const char* name, const Tensor& t) {

@@ -21,9 +21,10 @@ import pytest
 from llm2vec_fast import __version__, adapters
 
 ROOT = Path(__file__).parent.parent
-# Without nvcc, or with 0, there is no CUDA library, and one wheel serves every machine.
+# Without compilers, or with 0, there are no libraries of csrc/, and one wheel serves every machine.
 ENV = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-ENV |= {"LLM2VEC_FAST_CUDA": "0", "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+ENV |= {"LLM2VEC_FAST_CUDA": "0", "LLM2VEC_FAST_CPU": "0"}
+ENV |= {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 ENV |= {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
 

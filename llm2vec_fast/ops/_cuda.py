@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llm2vec_fast.ops import _library
+from llm2vec_fast.ops._library import rows, weight_for
 from llm2vec_fast.ops.backend import Call
 
 LIBRARY = Path(__file__).parents[1] / "_cuda.so"
@@ -55,29 +57,18 @@ def load(library: Path | None = None, namespace: str = NAMESPACE):
     raises: RuntimeError if it is not built or does not load
     """
     path = LIBRARY if library is None else library
-    if not path.exists():
-        raise RuntimeError(
-            f"{path} does not exist: the CUDA library is not built. Where nvcc is, "
-            "`LLM2VEC_FAST_CUDA=1 python setup.py build_ext --inplace` builds it."
-        )
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        raise RuntimeError(f"the CUDA library does not load: {error}") from error
-    for name, fake in _FAKES.items():
-        torch.library.register_fake(f"{namespace}::{name}", fake)
-    return getattr(torch.ops, namespace)
+    return _library.load(path, namespace, _FAKES, "LLM2VEC_FAST_CUDA")
 
 
 def add_rms_norm(
     x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """y and r as ops.add_rms_norm defines them; without a residual r is x itself."""
-    rows, weight_D = _rows("add_rms_norm", x_TD), _weight(x_TD, weight_D)
+    x_RD, weight_D = _rows("add_rms_norm", x_TD), weight_for(x_TD, weight_D)
     if residual_TD is None:
-        return load().rms_norm.default(rows, weight_D, eps).view(x_TD.shape), x_TD
-    other = _rows("add_rms_norm", residual_TD)
-    y, sum_ = load().add_rms_norm.default(rows, other, weight_D, eps)
+        return load().rms_norm.default(x_RD, weight_D, eps).view(x_TD.shape), x_TD
+    other_RD = _rows("add_rms_norm", residual_TD)
+    y, sum_ = load().add_rms_norm.default(x_RD, other_RD, weight_D, eps)
     return y.view(x_TD.shape), sum_.view(x_TD.shape)
 
 
@@ -89,13 +80,13 @@ def add_rms_norm_fp8(
     The scale is a row's largest |y| / 448, and 1 for a row of zeros. What is quantised is the fp32
     value, not first rounded to the dtype of x.
     """
-    rows, weight_D = _rows("add_rms_norm_fp8", x_TD), _weight(x_TD, weight_D)
+    x_RD, weight_D = _rows("add_rms_norm_fp8", x_TD), weight_for(x_TD, weight_D)
     scale_shape = (*x_TD.shape[:-1], 1)
     if residual_TD is None:
-        data, scale = load().rms_norm_fp8.default(rows, weight_D, eps)
+        data, scale = load().rms_norm_fp8.default(x_RD, weight_D, eps)
         return data.view(x_TD.shape), scale.view(scale_shape), x_TD
-    other = _rows("add_rms_norm_fp8", residual_TD)
-    data, scale, sum_ = load().add_rms_norm_fp8.default(rows, other, weight_D, eps)
+    other_RD = _rows("add_rms_norm_fp8", residual_TD)
+    data, scale, sum_ = load().add_rms_norm_fp8.default(x_RD, other_RD, weight_D, eps)
     return data.view(x_TD.shape), scale.view(scale_shape), sum_.view(x_TD.shape)
 
 
@@ -145,16 +136,8 @@ def _check_device(op: str, x: Tensor) -> None:
 
 
 def _rows(op: str, x: Tensor) -> Tensor:
-    """x as (rows, width) with the elements of a row side by side; copied only if it must be."""
     _check_device(op, x)
-    if x.dim() != 2:
-        x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _weight(x: Tensor, weight_D: Tensor) -> Tensor:
-    """A weight of another dtype goes to fp32, which loses nothing; the slower kernel reads it."""
-    return weight_D if weight_D.dtype == x.dtype else weight_D.float()
+    return rows(x)
 
 
 # What the operators return, for meta tensors and torch.compile.

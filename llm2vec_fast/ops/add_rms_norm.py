@@ -43,10 +43,8 @@ def add_rms_norm(
     backend = choose("add_rms_norm", x_TD, residual_TD, weight_D)
     if backend in ("triton", "eager"):
         return _node(x_TD, residual_TD, weight_D, eps, kernels("add_rms_norm", backend))
-    if backend == "cuda":
-        from llm2vec_fast.ops import _cuda
-
-        return _cuda.add_rms_norm(x_TD, residual_TD, weight_D, eps)
+    if backend in ("cuda", "cpu"):
+        return kernels("add_rms_norm", backend).add_rms_norm(x_TD, residual_TD, weight_D, eps)
     return add_rms_norm_ref(x_TD, residual_TD, weight_D, eps)
 
 

@@ -145,29 +145,53 @@ def _reference(q, k, v, cu_seqlens, max_seqlen, causal, window, scale, dropout_p
 
 
 def _sdpa(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, causal, window, scale, dropout_p, seed):
-    """torch's fused CPU attention on every run of equally long texts: a batch, but no padding."""
+    o_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
+    return _by_length(q_TNH, k_TKH, v_TKH, cu_seqlens, causal, window, scale, o_TNH)
+
+
+def _cpu(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, causal, window, scale, dropout_p, seed):
+    """Our kernel for short texts, torch's for long ones."""
+    run = kernels("attention", "cpu")
+    o_TNH = run.attention(q_TNH, k_TKH, v_TKH, cu_seqlens, causal, window, scale)
+    longest = run.LONGEST[q_TNH.dtype]
+    if max_seqlen <= longest:
+        return o_TNH
+    return _by_length(q_TNH, k_TKH, v_TKH, cu_seqlens, causal, window, scale, o_TNH, longest)
+
+
+def _by_length(q_TNH, k_TKH, v_TKH, cu_seqlens, causal, window, scale, o_TNH, above=0) -> Tensor:
+    """torch's fused CPU attention on every run of equally long texts: a batch, but no padding.
+    Fills the rows of o_TNH whose texts have more tokens than `above`.
+    """
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
-    start, groups = 0, []
+    start, parts = 0, []
     for length, run in itertools.groupby(lengths):
         count = sum(1 for _ in run)
-        end = start + count * length
+        at = slice(start, start + count * length)
+        start = at.stop
+        if length <= above:
+            continue
         q, k, v = (
-            x[start:end].unflatten(0, (count, length)).transpose(1, 2)
-            for x in (q_TNH, k_TKH, v_TKH)
+            x[at].unflatten(0, (count, length)).transpose(1, 2) for x in (q_TNH, k_TKH, v_TKH)
         )
         mask = None if window is None else _visible(length, causal, window, q_TNH.device)
         plain_causal = causal and mask is None
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=plain_causal, scale=scale, enable_gqa=True
         )
-        groups.append(out.transpose(1, 2).flatten(0, 1))
-        start = end
-    o_TNH = torch.cat(groups) if groups else torch.empty_like(q_TNH)
+        parts.append((at, out.transpose(1, 2).flatten(0, 1)))
+    if len(parts) == 1 and parts[0][0].stop - parts[0][0].start == len(o_TNH):
+        o_TNH = parts[0][1]
+    elif torch.is_grad_enabled() and any(part.requires_grad for _, part in parts):
+        o_TNH = torch.cat([part for _, part in parts])  # every text: `above` is for inference
+    else:
+        for at, part in parts:
+            o_TNH[at] = part
     if not sum(x.detach().sum(dtype=torch.float32) for x in (q_TNH, k_TKH)).isfinite():
         # torch's kernel writes 0 where all scores of a query are NaN, which would hide an overflow.
         truth = attention_ref(
-            q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, causal=causal, window=window, scale=scale
+            q_TNH, k_TKH, v_TKH, cu_seqlens, max(lengths), causal=causal, window=window, scale=scale
         )
         o_TNH = torch.where(truth.isfinite(), o_TNH, truth)
     return o_TNH
@@ -269,6 +293,7 @@ _BACKENDS = {
     "varlen": _flash.varlen,
     "flash_dropout": _as_node("flash_dropout"),
     "triton": _as_node("triton"),
+    "cpu": _cpu,
     "eager": _as_node("eager"),
     "sdpa": _sdpa,
     "reference": _reference,

@@ -19,13 +19,13 @@ import torch
 
 # A backend that no GPU has measured yet stands after one that a GPU has (benchmarks/results).
 PREFERENCE: dict[str, tuple[str, ...]] = {
-    "add_rms_norm": ("triton", "cuda", "eager", "reference"),
-    "rope_": ("triton", "eager", "reference"),
-    "swiglu": ("triton", "cuda", "eager", "reference"),
+    "add_rms_norm": ("triton", "cuda", "cpu", "eager", "reference"),
+    "rope_": ("triton", "cpu", "eager", "reference"),
+    "swiglu": ("triton", "cuda", "cpu", "eager", "reference"),
     "pool": ("triton", "cuda", "reference"),
     "attention": (
-        "flash_attn_4", "flash_attn_3", "flash_attn", "varlen", "flash_dropout", "triton", "eager",
-        "sdpa", "reference",
+        "flash_attn_4", "flash_attn_3", "flash_attn", "varlen", "flash_dropout", "triton", "cpu",
+        "eager", "sdpa", "reference",
     ),
     "masked_token_loss": ("triton", "eager", "reference"),
     "info_nce": ("triton", "reference"),
@@ -122,10 +122,12 @@ def choose(
 @functools.cache
 def kernels(op: str, backend: str = "triton") -> ModuleType:
     """The module of an operation's Triton kernels, imported at first use; or of what stands for
-    them under the same names, plain torch for the CPU, if the backend is "eager".
+    them under the same names: plain torch for the CPU ("eager"), the libraries of csrc/ ("cuda",
+    "cpu"), each one module for all operations.
     """
-    package = "eager" if backend == "eager" else "kernels"
-    return importlib.import_module(f"llm2vec_fast.ops.{package}.{op.rstrip('_')}")
+    name = op.rstrip("_")
+    where = {"cuda": "_cuda", "cpu": "_cpu", "eager": f"eager.{name}"}
+    return importlib.import_module(f"llm2vec_fast.ops.{where.get(backend, f'kernels.{name}')}")
 
 
 def _triton_refuses(call: Call) -> str | None:
@@ -158,17 +160,16 @@ def _eager_refuses(call: Call) -> str | None:
     return None
 
 
-def _cuda_refuses(call: Call) -> str | None:
-    from llm2vec_fast.ops import _cuda  # below this module in import order, so asked for late
-
-    return _cuda.refuses(call)
+def _library_refuses(backend: str, call: Call) -> str | None:
+    return kernels("", backend).refuses(call)
 
 
 _REFUSALS: dict[str, Refusal] = {
     "reference": lambda call: None,
     "triton": _triton_refuses,
     "eager": _eager_refuses,
-    "cuda": _cuda_refuses,
+    "cuda": functools.partial(_library_refuses, "cuda"),
+    "cpu": functools.partial(_library_refuses, "cpu"),
 }
 
 

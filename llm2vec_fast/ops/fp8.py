@@ -226,9 +226,7 @@ register("scaled_mm", _scaled_mm_refuses)
 def _kernel(backend: str, op: str):
     if backend == "triton":
         return kernels(op).forward
-    from llm2vec_fast.ops import _cuda  # a library that is loaded where it was built
-
-    return getattr(_cuda, op)
+    return getattr(kernels(op, backend), op)
 
 
 def _wide(x: Tensor) -> Tensor:

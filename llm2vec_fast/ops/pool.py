@@ -50,9 +50,7 @@ def _run(hidden_TD, spans_B2, mode, normalize):
             return kernels("pool").forward(hidden_TD, spans_B2, mode, normalize)[0]
         return _Pool.apply(hidden_TD, spans_B2, mode, normalize)
     if backend == "cuda":
-        from llm2vec_fast.ops import _cuda
-
-        return _cuda.pool(hidden_TD, spans_B2, mode, normalize)
+        return kernels("pool", backend).pool(hidden_TD, spans_B2, mode, normalize)
     return pool_ref(hidden_TD, spans_B2, mode, normalize)
 
 

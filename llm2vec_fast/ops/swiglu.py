@@ -34,10 +34,8 @@ def swiglu(gate_up_T2F: Tensor) -> Tensor:
         if not torch.is_grad_enabled():  # a node costs microseconds even where nobody needs it
             return run.forward(gate_up_T2F)
         return _SwiGLU.apply(gate_up_T2F, run)
-    if backend == "cuda":
-        from llm2vec_fast.ops import _cuda
-
-        return _cuda.swiglu(gate_up_T2F)
+    if backend in ("cuda", "cpu"):
+        return kernels("swiglu", backend).swiglu(gate_up_T2F)
     return swiglu_ref(gate_up_T2F)
 
 

@@ -12,20 +12,22 @@ from llm2vec_fast import ops
 from llm2vec_fast.ops import attention, attention_ref
 from llm2vec_fast.ops.backend import kernels as backend_kernels
 
-CPU_BACKENDS = ("eager", "sdpa", "reference")
+CPU_BACKENDS = ("cpu", "eager", "sdpa", "reference")
 MASKS = list(itertools.product([False, True], [None, 1, 3, 100]))
 LENGTHS = (1, 5, 37, 1, 1, 5, 5, 4)  # 4: one more than a window of 3
 
 
 @pytest.fixture(params=CPU_BACKENDS)
 def backend(request):
+    if request.param == "cpu" and not backend_kernels("attention", "cpu").LIBRARY.exists():
+        pytest.skip("the CPU's library is not built")
     with ops.use(request.param, "attention"):
         yield request.param
 
 
-def skip_fp16_of_eager(backend, dtype):
-    if backend == "eager" and dtype == torch.float16:
-        pytest.skip("eager computes in bf16 and fp32")
+def skip_fp16(backend, dtype):
+    if backend in ("cpu", "eager") and dtype == torch.float16:
+        pytest.skip(f"{backend} computes in bf16 and fp32")
 
 
 def visible(query: int, key: int, causal: bool, window: int | None) -> bool:
@@ -87,7 +89,7 @@ def test_equals_the_formula(backend, within_rule, causal, window, heads):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("causal, window", [(False, None), (True, None), (True, 3)])
 def test_half_precision(backend, within_rule, dtype, causal, window):
-    skip_fp16_of_eager(backend, dtype)
+    skip_fp16(backend, dtype)
     qkv = draw(LENGTHS, 4, 2, 32, dtype)
     got = run(qkv, LENGTHS, causal=causal, window=window)
     assert got.dtype == dtype
@@ -151,7 +153,7 @@ def test_no_text_sees_another(backend, causal):
 @pytest.mark.parametrize("length", [2, 40])
 def test_what_is_not_finite_stays_visible(backend, dtype, where, length):
     """torch's own CPU kernel answers 0 where all scores of a query are NaN."""
-    skip_fp16_of_eager(backend, dtype)
+    skip_fp16(backend, dtype)
     qkv = dict(zip("qkv", draw((length,), 2, 2, 16, dtype), strict=True))
     qkv[where][:] = float("nan")
     assert run(list(qkv.values()), (length,)).isnan().all()

@@ -1,4 +1,5 @@
-"""The CUDA library itself: building, what the compiler made of it, loading without a GPU, refusals.
+"""setup.py, and the CUDA library itself: building, what the compiler made of it, loading without a
+GPU, refusals.
 
 It is built once, for one architecture, into a temporary folder.
 """
@@ -40,7 +41,7 @@ def library(setup_py, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cuda")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLM2VEC_FAST_ARCHS", "90a")
-        setup_py.build(folder / "_cuda.so", folder / "work")
+        setup_py.build("cuda", folder / "_cuda.so", folder / "work")
     return folder / "_cuda.so"
 
 
@@ -62,9 +63,9 @@ def cuobjdump(library: Path, what: str) -> dict[str, str]:
 @needs_nvcc
 def test_every_source_is_compiled(setup_py, library):
     there = {path.name for path in (ROOT / "csrc").iterdir() if path.suffix in (".cu", ".cpp")}
-    assert there == set(setup_py.SOURCES)
+    assert there == {name for names in setup_py.SOURCES.values() for name in names}
     built = {path.name.split("-")[0] for path in (library.parent / "work").glob("*.o")}
-    assert built == {Path(name).stem for name in there}
+    assert built == {Path(name).stem for name in setup_py.SOURCES["cuda"]}
 
 
 @needs_nvcc
@@ -225,7 +226,7 @@ TOUCH = 'while [ "$1" != -o ]; do shift; done; echo built > "$2"'
 @pytest.fixture
 def checkout(tmp_path, monkeypatch) -> Path:
     """A copy of what is needed for building, with nothing on PATH and no setting."""
-    for name in ("CUDA_HOME", "LLM2VEC_FAST_CUDA", "LLM2VEC_FAST_ARCHS"):
+    for name in ("CUDA_HOME", "CXX", "LLM2VEC_FAST_CUDA", "LLM2VEC_FAST_CPU", "LLM2VEC_FAST_ARCHS"):
         monkeypatch.delenv(name, raising=False)
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "csrc", tree / "csrc")
@@ -253,37 +254,56 @@ def run_setup(checkout: Path, *arguments: str, tools: str = "", **environment: s
     )  # fmt: skip
 
 
-def test_a_missing_nvcc_is_told(checkout):
+@pytest.mark.parametrize("kind, compiler, where", [
+    ("CUDA", "nvcc was not found", "put it on PATH or set CUDA_HOME"),
+    ("CPU", "no C++ compiler was found", "put c++ on PATH or name one by CXX"),
+])  # fmt: skip
+def test_a_missing_compiler_is_told(checkout, kind, compiler, where):
+    name = f"LLM2VEC_FAST_{kind}"
     done = run_setup(checkout)
     assert done.returncode == 0
-    assert "no CUDA library: nvcc was not found; put it on PATH or set CUDA_HOME" in done.stderr
-    done = run_setup(checkout, LLM2VEC_FAST_CUDA="1")
-    assert done.returncode != 0 and "nvcc was not found" in done.stderr
-    done = run_setup(checkout, LLM2VEC_FAST_CUDA="0")
-    assert done.returncode == 0 and "nvcc" not in done.stderr
-    done = run_setup(checkout, LLM2VEC_FAST_CUDA="yes")
-    assert done.returncode != 0 and "auto, 1 or 0, got 'yes'" in done.stderr
+    assert f"no {kind} library: {compiler}; {where}" in done.stderr
+    done = run_setup(checkout, **{name: "1"})
+    assert done.returncode != 0 and compiler in done.stderr
+    done = run_setup(checkout, **{name: "0"})
+    assert done.returncode == 0 and compiler not in done.stderr
+    done = run_setup(checkout, **{name: "yes"})
+    assert done.returncode != 0 and f"{name} must be auto, 1 or 0, got 'yes'" in done.stderr
 
 
-def test_a_failing_build_is_a_warning_or_an_error(checkout):
-    put_nvcc(checkout, "echo 'swiglu.cu(7): boom' >&2; exit 1")
-    stale = checkout / "llm2vec_fast/_cuda.so"
+def put_cxx(checkout: Path, compile_: str) -> None:
+    cxx = checkout.parent / "bin/c++"
+    answer = 'case "$*" in *--version*) echo release 1.0;;'
+    cxx.write_text(f"#!/bin/sh\n{answer} *) {compile_};; esac\n")
+    cxx.chmod(0o755)
+
+
+PUT = {"cuda": put_nvcc, "cpu": put_cxx}
+
+
+@pytest.mark.parametrize("kind", PUT)
+def test_a_failing_build_is_a_warning_or_an_error(checkout, kind):
+    PUT[kind](checkout, "echo 'swiglu.cu(7): boom' >&2; exit 1")
+    stale = checkout / f"llm2vec_fast/_{kind}.so"
     stale.write_text("of older sources")
     done = run_setup(checkout)
-    assert done.returncode == 0 and "going on without it" in done.stderr and "boom" in done.stderr
+    assert done.returncode == 0 and "boom" in done.stderr
+    assert f"building the {kind.upper()} library failed, going on without it" in done.stderr
     assert not stale.exists()
-    done = run_setup(checkout, LLM2VEC_FAST_CUDA="1")
+    done = run_setup(checkout, **{f"LLM2VEC_FAST_{kind.upper()}": "1"})
     assert done.returncode != 0 and "boom" in done.stderr
 
 
-def test_a_wheel_holds_the_library_and_fits_every_python(checkout):
-    put_nvcc(checkout, TOUCH)
-    done = run_setup(checkout, "-q", "bdist_wheel", "-d", "out", LLM2VEC_FAST_CUDA="1")
-    assert done.returncode == 0, done.stderr
-    (wheel,) = (checkout / "out").iterdir()
-    assert "-py3-none-linux_" in wheel.name
-    with zipfile.ZipFile(wheel) as archive:
-        assert archive.read("llm2vec_fast/_cuda.so") == b"built\n"
+def test_a_wheel_holds_the_libraries_and_fits_every_python(checkout):
+    for kind, put in PUT.items():
+        put(checkout, TOUCH)
+        both = {"LLM2VEC_FAST_CUDA": "auto", f"LLM2VEC_FAST_{kind.upper()}": "1"}
+        done = run_setup(checkout, "-q", "bdist_wheel", "-d", f"out {kind}", **both)
+        assert done.returncode == 0, done.stderr
+        (wheel,) = (checkout / f"out {kind}").iterdir()
+        assert "-py3-none-linux_" in wheel.name
+        with zipfile.ZipFile(wheel) as archive:
+            assert archive.read(f"llm2vec_fast/_{kind}.so") == b"built\n"
 
 
 @pytest.fixture
@@ -297,7 +317,7 @@ def commands(setup_py, checkout, monkeypatch):
     def build() -> list[str]:
         seen = []
         monkeypatch.setattr(setup_py, "run", lambda cmd: (seen.append(" ".join(cmd)), real(cmd))[1])
-        setup_py.build(checkout / "llm2vec_fast/_cuda.so", checkout / "build")
+        setup_py.build("cuda", checkout / "llm2vec_fast/_cuda.so", checkout / "build")
         return [command for command in seen if " -o " in command]
 
     return build

@@ -276,12 +276,12 @@ def test_attention_leaves_torch_as_it_was():
 
 def test_where_it_runs():
     with ops.use(None):
-        x = torch.zeros(3, 4)
+        x = torch.zeros(3, 4, requires_grad=True)  # without, C++ is faster where it was built
         for op in ("add_rms_norm", "rope_", "swiglu", "masked_token_loss", "lora_linear"):
             assert choose(op, x) == choose(op, x.bfloat16()) == "eager"
             assert choose(op, x.double()) == choose(op, x.half()) == "reference"
         q = torch.zeros(3, 2, 4)
-        assert choose("attention", q) == "sdpa"
+        assert choose("attention", q) in ("cpu", "sdpa")
         assert choose("attention", q, dropout=True) == "eager"
         assert choose("attention", q.requires_grad_()) == "eager"
     from llm2vec_fast.ops.backend import _REFUSALS

@@ -1,0 +1,42 @@
+"""Loading what setup.py built of csrc/: operators that torch finds in a shared library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def load(path: Path, namespace: str, fakes: Mapping[str, Callable], switch: str):
+    """The operators of a library, with what they return for meta tensors and torch.compile.
+
+    fakes:   for each operator that must be there
+    switch:  the variable that setup.py reads
+    raises:  RuntimeError if it is not built, does not load, or was built from other sources
+    """
+    again = f"`{switch}=1 python setup.py build_ext --inplace` builds it"
+    if not path.exists():
+        raise RuntimeError(f"{path} does not exist: this library is not built; {again}")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise RuntimeError(f"{path} does not load: {error}") from error
+    operators = getattr(torch.ops, namespace)
+    if absent := [name for name in fakes if not hasattr(operators, name)]:
+        raise RuntimeError(f"{path} is of other sources, without {', '.join(absent)}; {again}")
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+    return operators
+
+
+def rows(x: Tensor) -> Tensor:
+    """x as (rows, width) with the elements of a row side by side; copied only if it must be."""
+    rows = x if x.dim() == 2 else x.reshape(x.numel() // max(x.shape[-1], 1), x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def weight_for(x: Tensor, weight_D: Tensor) -> Tensor:
+    """The weight, contiguous; one of another dtype than x in fp32, which loses nothing."""
+    return (weight_D if weight_D.dtype == x.dtype else weight_D.float()).contiguous()

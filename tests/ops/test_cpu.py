@@ -1,0 +1,248 @@
+"""The CPU's C++ kernels against formulas in fp64, with each instruction set that runs here; views,
+extremes, threads, and what the library refuses.
+
+attention's own tests (masks, shapes, NaN) run the same kernel as backend `cpu`; rope's and the
+others' as the backend that a CPU chooses. A library is loaded once: the other instruction sets run
+this file again, in processes of their own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llm2vec_fast import ops
+from llm2vec_fast.ops import _cpu, add_rms_norm_ref, attention_ref, rope_ref_, swiglu_ref
+from llm2vec_fast.ops.backend import Call, choose
+
+if (reason := _cpu.refuses(Call("swiglu", "cpu", 0, torch.float32, forced=True))) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+ASKED = os.environ.get("LLM2VEC_FAST_ISA")
+DTYPES = [torch.float32, torch.bfloat16]
+# One number, less than a vector, whole vectors of every instruction set, and some more.
+WIDTHS = [1, 3, 16, 64, 75, 576]
+LENGTHS = (1, 2, 7, 33, 16, 15, 1, 250, 40)
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """The kernels and nothing else; what they are to fill is NaN before."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with ops.use("cpu"), torch.no_grad():
+        yield
+    torch.use_deterministic_algorithms(before)
+
+
+def draw(*shape, dtype=torch.float32, seed=0, scale=1.0):
+    noise = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(shape, generator=noise, dtype=torch.float64)).to(dtype)
+
+
+def wider(x):
+    """Equal to x, in rows of a wider tensor, NaN around it."""
+    room = torch.full((*x.shape[:-1], x.shape[-1] + 5), float("nan"), dtype=x.dtype)
+    return room[..., 2:-3].copy_(x)
+
+
+@pytest.mark.skipif(ASKED is not None, reason="is one of them")
+@pytest.mark.parametrize("isa", ["avx2", "plain"])
+def test_other_instruction_sets(isa):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "LLM2VEC_FAST_ISA": isa}, cwd=Path(__file__).parents[2],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+def test_the_one_asked_for_runs():
+    assert _cpu.load().isa() in ("avx512", "avx2", "plain")
+    if ASKED is not None and _cpu.load().isa() != ASKED:
+        pytest.skip(f"this processor has no {ASKED}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("rows", [1, 37])
+@pytest.mark.parametrize("layout", [torch.clone, wider])
+def test_add_rms_norm(rounded_once, dtype, width, rows, layout):
+    x, residual = draw(rows, width, dtype=dtype), draw(rows, width, dtype=dtype, seed=1)
+    weight = 1 + draw(width, dtype=dtype, seed=2, scale=0.3)
+    y, r = ops.add_rms_norm(layout(x), layout(residual), weight, 1e-5)
+    assert torch.equal(r, x + residual) and y.dtype == dtype
+    rounded_once(y, add_rms_norm_ref(r.double(), None, weight.double(), 1e-5)[0])
+    alone, same = ops.add_rms_norm(layout(x), None, weight, 1e-5)
+    rounded_once(alone, add_rms_norm_ref(x.double(), None, weight.double(), 1e-5)[0])
+    assert torch.equal(same, x)
+
+
+def test_a_weight_in_fp32_is_not_rounded(rounded_once):
+    x, weight = draw(9, 70, dtype=torch.bfloat16), 1 + draw(70, seed=2)
+    y, _ = ops.add_rms_norm(x, None, weight, 1e-5)
+    rounded_once(y, add_rms_norm_ref(x.double(), None, weight.double(), 1e-5)[0])
+
+
+def test_heads_are_normed_where_they_lie(rounded_once):
+    qkv = draw(5, 3 * 24)
+    heads = qkv.unflatten(1, (3, 24))[:, :2]
+    y, _ = ops.add_rms_norm(heads, None, torch.ones(24), 1e-5)
+    rounded_once(y, add_rms_norm_ref(heads.double(), None, torch.ones(24).double(), 1e-5)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_swiglu(rounded_once, dtype, width, scale):
+    gate_up = draw(37, 2 * width, dtype=dtype, scale=scale)
+    exact = swiglu_ref(gate_up.double())
+    rounded_once(ops.swiglu(gate_up), exact)
+    assert torch.equal(ops.swiglu(wider(gate_up)), ops.swiglu(gate_up))
+
+
+def test_swiglu_of_every_size_of_number():
+    """The exponential: no overflow, nothing lost, NaN stays."""
+    gate = torch.cat([torch.linspace(-120, 120, 100_001), torch.tensor([0.0, 3e38, -3e38])])
+    got = ops.swiglu(torch.stack([gate, torch.ones_like(gate)], 1))[:, 0]
+    exact = swiglu_ref(torch.stack([gate, torch.ones_like(gate)], 1).double())[:, 0]
+    wrong = (got.double() - exact).abs()
+    assert (wrong <= 4e-7 * exact.abs() + 1e-35).all()
+    hurt = torch.tensor([[float("nan"), 1.0, 2.0, 1.0, float("nan"), 1.0]])
+    assert ops.swiglu(hurt).isnan().tolist() == [[True, True, False]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding_to_bf16_is_that_of_torch(dtype):
+    """Every pattern of 16 bits through the sum of the norm, with what lies between them."""
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x, other = bits[None], bits.roll(12_345)[None]
+    _, r = ops.add_rms_norm(x, other, torch.ones(1 << 16).bfloat16(), 1e-5)
+    want = x + other
+    assert torch.equal(r.isnan(), want.isnan())
+    assert torch.equal(r[~r.isnan()], want[~want.isnan()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("half", [1, 4, 20, 32])
+@pytest.mark.parametrize("positions", [torch.int32, torch.int64])
+def test_rope(rounded_once, dtype, half, positions):
+    angle = torch.outer(torch.arange(64.0), 10_000.0 ** (-torch.arange(half) / half))
+    tables = angle.cos(), angle.sin()
+    qkv, at = draw(41, 4 * 2 * half, dtype=dtype), torch.randint(0, 64, (41,), dtype=positions)
+    exact = rope_ref_(qkv.double(), at, *(t.double() for t in tables), 2, 1)
+    got = wider(qkv)
+    assert ops.rope_(got, at, *tables, 2, 1) is got
+    rounded_once(got, exact)
+    assert torch.equal(got[:, 3 * 2 * half :], qkv[:, 3 * 2 * half :])  # values stay
+    _cpu.rotate_(got, at, *tables, 2, 1, inverse=True)
+    torch.testing.assert_close(got, qkv, rtol=0, atol=0.06 if dtype == torch.bfloat16 else 2e-6)
+
+
+def test_a_position_outside_of_the_tables_is_refused():
+    qkv, tables = torch.zeros(2, 12), (torch.ones(8, 2), torch.zeros(8, 2))
+    for wrong in (8, -1):
+        with pytest.raises(RuntimeError, match=f"position {wrong} is outside of tables of 8"):
+            ops.rope_(qkv, torch.tensor([0, wrong]), *tables, 1, 1)
+
+
+def packed(lengths, n, k, size, dtype):
+    qkv = draw(sum(lengths), (n + 2 * k) * size, dtype=dtype, scale=2.0)
+    cu = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
+    return ops.split_heads(qkv, n, k), cu
+
+
+MASKS = [*itertools.product([False, True], [None, 1, 20])]
+
+
+@pytest.fixture(params=["ours", "by length"])
+def longest(request, monkeypatch):
+    """All texts through our kernel, or some of them through torch's."""
+    most = 1 << 40 if request.param == "ours" else 16
+    monkeypatch.setattr(_cpu, "LONGEST", dict.fromkeys(_cpu.LONGEST, most))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal, window", MASKS)
+@pytest.mark.parametrize("heads, size", [((6, 2), 64), ((3, 3), 20), ((5, 1), 72)])
+def test_attention(longest, within_rule, dtype, causal, window, heads, size):
+    qkv, cu = packed(LENGTHS, *heads, size, dtype)
+    got = ops.attention(*qkv, cu, max(LENGTHS), causal=causal, window=window)
+    options = {"causal": causal, "window": window}
+    exact = attention_ref(*(x.double() for x in qkv), cu, max(LENGTHS), **options)
+    # attention_ref computes in fp32 and rounds once, as the kernel does.
+    within_rule(got, attention_ref(*qkv, cu, max(LENGTHS), **options), exact)
+
+
+def test_what_a_text_gets_does_not_depend_on_its_batch_or_on_threads(longest):
+    (q, k, v), cu = packed((1100, *LENGTHS), 6, 2, 64, torch.float32)
+    whole = ops.attention(q, k, v, cu, 1100)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(ops.attention(q, k, v, cu, 1100), whole)
+    finally:
+        torch.set_num_threads(before)
+    for start, end in itertools.pairwise(cu.tolist()):
+        text = slice(start, end)
+        own = torch.tensor([0, end - start], dtype=torch.int32)
+        assert torch.equal(ops.attention(q[text], k[text], v[text], own, end - start), whole[text])
+
+
+def test_an_overflow_is_seen(longest):
+    """A score of infinity makes its row NaN, and no other."""
+    (q, k, v), cu = packed((4, 20), 2, 1, 8, torch.float32)
+    q, k = q.clone(), k.clone()
+    q[7, 1, 0], k[4:, 0, 0] = 3e38, 40.0
+    hurt = ops.attention(q, k, v, cu, 20).isnan().all(-1)
+    assert hurt.nonzero().tolist() == [[7, 1]]
+
+
+def test_wrong_bounds_are_refused():
+    q, k, v = (torch.zeros(5, 1, 8) for _ in range(3))
+    for wrong in ([0, 3, 3], [0, 9], [2, 1]):
+        with pytest.raises(RuntimeError, match=r"attention: text .* of 5 tokens"):
+            ops.attention(q, k, v, torch.tensor(wrong, dtype=torch.int32), 5)
+
+
+def test_where_it_runs():
+    with ops.use(None):
+        fast = _cpu.load().isa() != "plain"
+        for op in _cpu.OPS:
+            for dtype in DTYPES:
+                assert (choose(op, torch.zeros(3, 2, 4, dtype=dtype)) == "cpu") == fast
+            assert choose(op, torch.zeros(3, 2, 4, dtype=torch.float16)) != "cpu"
+            with torch.enable_grad():
+                assert choose(op, torch.zeros(3, 2, 4, requires_grad=True)) != "cpu"
+        assert choose("attention", torch.zeros(3, 2, 4), dropout=True) != "cpu"
+
+
+def test_refusals(monkeypatch, tmp_path):
+    fits = Call("swiglu", "cpu", 0, torch.float32, forced=True)
+    for told, change in {
+        "no kernel for pool": {"op": "pool"},
+        "on a CPU": {"device": "cuda"},
+        "not torch.float16": {"dtype": torch.float16},
+        "inference only": {"needs_grad": True},
+    }.items():
+        assert told in _cpu.refuses(fits._replace(**change))
+    load = _cpu.load.__wrapped__
+    monkeypatch.setattr(_cpu, "LIBRARY", tmp_path / "_cpu.so")
+    monkeypatch.setattr(_cpu, "load", load)
+    assert "not built" in _cpu.refuses(fits)
+    (tmp_path / "_cpu.so").write_text("no library")
+    assert "does not load" in _cpu.refuses(fits)
+
+
+def test_a_library_of_other_sources_is_told(monkeypatch):
+    monkeypatch.setattr(_cpu, "_FAKES", {"of_tomorrow": lambda x: x})
+    with pytest.raises(RuntimeError, match=r"of other sources, without of_tomorrow; .*=1 python"):
+        _cpu.load.__wrapped__()
