@@ -35,8 +35,13 @@ SOURCES = {
     "cuda": ("library.cpp", "add_rms_norm.cu", "pool.cu", "swiglu.cu"),
     "cpu": ("cpu_library.cpp", "cpu_kernels.cpp"),
 }
-# What cpu_kernels.cpp is compiled for: floats in a vector, queries at a time, -march.
-X86 = {"avx512": (16, 8, "x86-64-v4"), "avx2": (8, 6, "x86-64-v3"), "plain": (4, 4, "x86-64")}
+# What cpu_kernels.cpp is compiled for: floats in a vector, queries at a time, instructions.
+X86 = {
+    "amx": (16, 8, ("-march=x86-64-v4", "-mamx-tile", "-mamx-bf16", "-mavx512bf16")),
+    "avx512": (16, 8, ("-march=x86-64-v4",)),
+    "avx2": (8, 6, ("-march=x86-64-v3",)),
+    "plain": (4, 4, ("-march=x86-64",)),
+}
 DEFAULT_ARCHS = "80;86;89;90a;100;120"
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"  # 2.10
 
@@ -136,12 +141,11 @@ def cpu_jobs(torch: Path) -> tuple[list[str], dict[str, list[str]]]:
     """The same for the CPU's library: its kernels once for each instruction set."""
     compile_ = [find_cxx(), "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi",
                 "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]  # fmt: skip
-    kinds = X86 if platform.machine() in ("x86_64", "AMD64") else {"plain": (4, 4, "")}
+    kinds = X86 if platform.machine() in ("x86_64", "AMD64") else {"plain": (4, 4, ())}
     host = [TORCH_TARGET, "-isystem", str(torch / "include")]
     jobs = {"cpu_library": [*compile_, *host, "-c", "cpu_library.cpp"]}
-    for isa, (width, rows, march) in kinds.items():
-        flags = [f"-DISA={isa}", f"-DWIDTH={width}", f"-DROWS={rows}"]
-        flags += [f"-march={march}"] if march else []
+    for isa, (width, rows, instructions) in kinds.items():
+        flags = [f"-DISA={isa}", f"-DWIDTH={width}", f"-DROWS={rows}", *instructions]
         jobs[f"cpu_{isa}"] = [*compile_, *flags, "-c", "cpu_kernels.cpp"]
     return [find_cxx(), "-shared", "-Wl,--exclude-libs,ALL", "-Wl,-s"], jobs
 

@@ -47,10 +47,11 @@ struct CpuKernels {
   void (*add_rms_norm)(const AddRmsNorm&, Dtype, int64_t begin, int64_t end);
   void (*swiglu)(const Swiglu&, Dtype, int64_t begin, int64_t end);
   void (*rope)(const Rope&, Dtype, int64_t begin, int64_t end);
-  int64_t (*attention_scratch)(const Attention&, int64_t longest);  // floats that a thread needs
+  int64_t (*attention_scratch)(const Attention&, Dtype, int64_t longest);  // floats, for a thread
   void (*attention)(const Attention&, Dtype, const Work&, float* scratch);
 };
 
+const CpuKernels& kernels_amx();
 const CpuKernels& kernels_avx512();
 const CpuKernels& kernels_avx2();
 const CpuKernels& kernels_plain();

@@ -4,6 +4,10 @@
 //
 // WIDTH floats are a vector, ROWS the queries that attention computes together. All in fp32,
 // rounded once; vectors are the compiler's own, so that there is but one source.
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -48,9 +52,13 @@ inline Vec load(const Bf16* from) {
 inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof(x)); }
 
 inline Halves rounded(Vec x) {  // to the nearest, halves to even; every NaN becomes the same
+#ifdef __AVX512BF16__
+  return as<Halves>(_mm512_cvtneps_pbh(as<__m512>(x)));  // and what is less than normal becomes 0
+#else
   const Bits bits = as<Bits>(x);
   const Bits near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return __builtin_convertvector(x == x ? near : Bits{} + 0x7fc0, Halves);
+#endif
 }
 
 inline void store(Bf16* to, Vec x) {
@@ -98,22 +106,50 @@ inline float sum(Vec x) {
   return reduced(x, [](Vec a, Vec b) { return a + b; });
 }
 
-// exp of numbers up to 88 or so, within 2 units in the last place; what would be less than the
-// smallest normal number is 0. NaN stays NaN.
+// y * 2^turns, turns a whole number.
+inline Vec scaled(Vec y, Vec turns) {
+#ifdef __AVX512F__
+  return as<Vec>(_mm512_scalef_ps(as<__m512>(y), as<__m512>(turns)));
+#else
+  return y * as<Vec>((__builtin_convertvector(turns, Ints) + 127) << 23);
+#endif
+}
+
+// exp of numbers up to 88. What would be less than the smallest normal number is 0: those take a
+// hundred times as long. NaN stays NaN. Within 2 units in the last place, or, rough, within 1 part
+// of 20,000: a hundredth of what bf16 rounds off.
+template <bool rough = false>
 inline Vec exp(Vec x) {
-  const Vec above = x < -87.33f ? Vec{} - 87.33f : x;
+  const Ints vanishes = x < -87.0f;
+  x = vanishes ? Vec{} - 87.0f : x;
   const Vec magic = Vec{} + 12582912.0f;  // adding it rounds to a whole number
-  const Vec turns = (above * 1.44269504f + magic) - magic;
-  const Vec rest = (above - turns * 0.693359375f) + turns * 2.12194440e-4f;
-  Vec y = Vec{} + 1.9875691500e-4f;  // Cephes' expf
-  y = y * rest + 1.3981999507e-3f;
-  y = y * rest + 8.3334519073e-3f;
-  y = y * rest + 4.1665795894e-2f;
-  y = y * rest + 1.6666665459e-1f;
-  y = y * rest + 5.0000001201e-1f;
-  y = y * rest * rest + rest + 1.0f;
-  const Ints power = __builtin_convertvector(turns, Ints);
-  return x < -87.33f ? Vec{} : y * as<Vec>((power + 127) << 23);
+  const Vec turns = (x * 1.44269504f + magic) - magic;
+  Vec rest = x - turns * 0.693359375f, y;
+  rest += turns * 2.12194440e-4f;
+  if constexpr (rough) {
+    y = rest * (1 / 24.0f) + 1 / 6.0f;
+    y = y * rest + 0.5f;
+    y = y * rest + 1.0f;
+    y = y * rest + 1.0f;
+  } else {
+    y = rest * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes' expf
+    y = y * rest + 8.3334519073e-3f;
+    y = y * rest + 4.1665795894e-2f;
+    y = y * rest + 1.6666665459e-1f;
+    y = y * rest + 5.0000001201e-1f;
+    y = y * (rest * rest) + rest + 1.0f;
+  }
+  return vanishes ? Vec{} : scaled(y, turns);
+}
+
+// 1 / x of normal numbers.
+inline Vec inverse(Vec x) {
+#ifdef __AVX512F__
+  const Vec near = as<Vec>(_mm512_rcp14_ps(as<__m512>(x)));
+  return near * (2.0f - x * near);  // one step of Newton's: a division takes as long as ten others
+#else
+  return 1.0f / x;
+#endif
 }
 
 // --- row by row ---
@@ -161,7 +197,7 @@ void swiglu(const Swiglu& call, int64_t begin, int64_t end) {
       const Vec x = load(gate + n, left);
       // exp of a positive number may overflow, of a negative one not.
       const Vec small = exp(x < 0.0f ? x : -x);
-      const Vec sigmoid = (x < 0.0f ? small : Vec{} + 1.0f) / (small + 1.0f);
+      const Vec sigmoid = (x < 0.0f ? small : Vec{} + 1.0f) * inverse(small + 1.0f);
       store(y + n, x * sigmoid * load(up + n, left), left);
     }
   }
@@ -231,57 +267,144 @@ inline Vec zipped(Vec a, Vec b, bool high, std::index_sequence<n...>) {
               : __builtin_shufflevector(a, b, (n / 2 + n % 2 * WIDTH)...);
 }
 
-// Keys side by side: to[h][key]. Rows are read in squares that are transposed in registers.
+// A square of WIDTH vectors, transposed in registers; `next` is room.
+template <size_t... n>
+inline void transposed(Vec* square, Vec* next, std::index_sequence<n...> order) {
+#pragma GCC unroll 4
+  for (int rounds = WIDTH; rounds > 1; rounds /= 2) {
+#pragma GCC unroll 16
+    for (int row = 0; row < WIDTH / 2; ++row) {
+      next[2 * row] = zipped(square[row], square[row + WIDTH / 2], false, order);
+      next[2 * row + 1] = zipped(square[row], square[row + WIDTH / 2], true, order);
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < WIDTH; ++row) square[row] = next[row];
+  }
+}
+
+// Keys side by side: to[h][key].
 template <class T>
 void transpose(const T* from, int64_t stride, int64_t rows, int64_t columns, float* to,
                int64_t to_stride) {
-  constexpr auto order = std::make_index_sequence<WIDTH>();
   for (int64_t row = 0; row < rows; row += kWidth) {
     for (int64_t column = 0; column < columns; column += kWidth) {
       Vec square[WIDTH] = {}, next[WIDTH];
       for (int64_t n = 0; n < kWidth && row + n < rows; ++n) {
         square[n] = load(from + (row + n) * stride + column, columns - column);
       }
-#pragma GCC unroll 4
-      for (int rounds = WIDTH; rounds > 1; rounds /= 2) {
-#pragma GCC unroll 16
-        for (int n = 0; n < WIDTH / 2; ++n) {
-          next[2 * n] = zipped(square[n], square[n + WIDTH / 2], false, order);
-          next[2 * n + 1] = zipped(square[n], square[n + WIDTH / 2], true, order);
-        }
-#pragma GCC unroll 16
-        for (int n = 0; n < WIDTH; ++n) square[n] = next[n];
-      }
+      transposed(square, next, std::make_index_sequence<WIDTH>());
       for (int64_t n = 0; n < kWidth; ++n) store(to + (column + n) * to_stride + row, square[n]);
     }
   }
 }
 
-// Scores to weights, in place, of the keys [first, last) that a query sees; the row's sum.
-float softmax(float* scores, int64_t columns, int64_t first, int64_t last) {
-  for (int64_t n = 0; n < first; ++n) scores[n] = -kInfinity;
-  for (int64_t n = last; n < columns; ++n) scores[n] = -kInfinity;
-  Vec top = load(scores), total = {};
-  for (int64_t n = kWidth; n < columns; n += kWidth) top = larger(top, load(scores + n));
-  const float most = reduced(top, larger);
-  for (int64_t n = 0; n < columns; n += kWidth) {
-    const Vec weight = exp(load(scores + n) - most);
-    store(scores + n, weight);
-    total += weight;
-  }
-  return sum(total);
+struct Span {
+  int64_t first, last;
+};
+
+// The keys [first, last) that any of the queries of some tokens sees.
+Span seen(const Attention& call, const Work& work, int64_t token, int64_t last_token) {
+  Span span{0, call.causal ? last_token + 1 : work.length};
+  if (call.window && token >= call.window) span.first = token - call.window + 1;
+  if (call.window && span.last > last_token + call.window) span.last = last_token + call.window;
+  return span;
 }
 
-int64_t up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
+// Some rows of a piece that are computed together, and the keys that any of them sees, from a
+// multiple of `step` on.
+struct Block {
+  Block(const Attention& call, const Work& work, int64_t begin, int64_t most, int64_t step)
+      : begin(begin), rows(work.end - begin < most ? work.end - begin : most) {
+    const Span all = seen(call, work, begin / call.group, (begin + rows - 1) / call.group);
+    first = all.first / step * step;
+    last = all.last;
+    columns = (last - first + step - 1) / step * step;
+  }
+  int64_t begin, rows, first, last, columns;
+};
+
+// Where a row's query or output lies, in tokens of `stride` and heads of `head` numbers.
+int64_t place_of(const Attention& call, const Work& work, int64_t row, int64_t stride,
+                 int64_t head) {
+  return (work.start + row / call.group) * stride +
+         (work.kv_head * call.group + row % call.group) * head;
+}
+
+// Which of the numbers n, n + 1, ... of a vector are in [first, last).
+inline Ints between(int64_t n, int64_t first, int64_t last) {
+  Ints at;
+  for (int lane = 0; lane < WIDTH; ++lane) at[lane] = lane;
+  at += static_cast<int32_t>(n);
+  return (at >= static_cast<int32_t>(first)) & (at < static_cast<int32_t>(last));
+}
+
+// Scores to weights of the keys that each query sees; 1 / the sum of each row. Maxima and sums of
+// all rows are found together: a vector of each row, transposed.
+template <class T>
+Vec softmax(const Attention& call, const Work& work, const Block& block, float* scores,
+            int64_t stride, T* weights, int64_t weights_stride) {
+  constexpr auto order = std::make_index_sequence<WIDTH>();
+  Vec tops[WIDTH] = {}, totals[WIDTH] = {}, room[WIDTH];
+  for (int64_t row = 0; row < block.rows; ++row) {
+    float* own = scores + row * stride;
+    const int64_t token = (block.begin + row) / call.group;
+    const Span span = seen(call, work, token, token);
+    const int64_t first = span.first - block.first, last = span.last - block.first;
+    Vec top = Vec{} - kInfinity;
+    for (int64_t n = 0; n < block.columns; n += kWidth) {
+      Vec score = load(own + n) * call.scale;
+      if (n < first || n + kWidth > last) score = between(n, first, last) ? score : -kInfinity;
+      store(own + n, score);
+      top = larger(top, score);
+    }
+    tops[row] = top;
+  }
+  transposed(tops, room, order);
+  for (int n = 1; n < WIDTH; ++n) tops[0] = larger(tops[0], tops[n]);
+  for (int64_t row = 0; row < block.rows; ++row) {
+    Vec total = {};
+    for (int64_t n = 0; n < block.columns; n += kWidth) {
+      const Vec weight = exp<sizeof(T) == 2>(load(scores + row * stride + n) - tops[0][row]);
+      store(weights + row * weights_stride + n, weight);
+      total += weight;
+    }
+    totals[row] = total;
+  }
+  transposed(totals, room, order);
+  for (int step = WIDTH / 2; step; step /= 2) {
+    for (int n = 0; n < step; ++n) totals[n] += totals[n + step];
+  }
+  return 1.0f / totals[0];
+}
+
+// A block's outputs: sums of values, each times its part.
+template <class T>
+void put(const Attention& call, const Work& work, const Block& block, const float* sums,
+         int64_t stride, Vec parts, T* out) {
+  const int64_t size = call.size, tokens = size * call.group * call.kv_heads;
+  for (int64_t row = 0; row < block.rows; ++row) {
+    T* to = out + place_of(call, work, block.begin + row, tokens, size);
+    for (int64_t h = 0; h < size; h += kWidth) {
+      store(to + h, load(sums + row * stride + h) * parts[row], size - h);
+    }
+  }
+}
+
+int64_t up(int64_t n, int64_t whole = kWidth) { return (n + whole - 1) / whole * whole; }
+
+// Room for a row of n numbers: a cache line more, because rows that are a power of two apart share
+// few places in the cache.
+int64_t apart(int64_t n) { return up(n, 32) + 16; }
 
 int64_t attention_scratch(const Attention& call, int64_t longest) {
-  const int64_t H = up(call.size), L = up(longest);
+  const int64_t H = up(call.size), L = apart(longest);
   return 2 * H * L + kRows * (2 * H + L);
 }
 
 template <class T>
 void attention(const Attention& call, const Work& work, float* scratch) {
-  const int64_t size = call.size, H = up(size), L = up(work.length), group = call.group;
+  static_assert(kRows <= kWidth);
+  const int64_t size = call.size, H = up(size), L = apart(work.length);
   float *keys_HL = scratch, *values_LH = keys_HL + H * L, *q_RH = values_LH + L * H;
   float *out_RH = q_RH + kRows * H, *scores_RL = out_RH + kRows * H;
   const auto at = [&](const void* x, int64_t stride, int64_t head) {
@@ -294,46 +417,24 @@ void attention(const Attention& call, const Work& work, float* scratch) {
       store(values_LH + n * H + h, load(values + n * call.v_stride + h, size - h));
     }
   }
-  for (int64_t block = work.begin; block < work.end; block += kRows) {
-    const int64_t rows = work.end - block < kRows ? work.end - block : kRows;
-    const int64_t token = block / group, last_token = (block + rows - 1) / group;
-    // The keys that any of these queries sees, from a whole vector on.
-    const int64_t low = call.window && token >= call.window ? token - call.window + 1 : 0;
-    const int64_t first = low / kWidth * kWidth;
-    int64_t last = call.causal ? last_token + 1 : work.length;
-    if (call.window && last > last_token + call.window) last = last_token + call.window;
-    const int64_t columns = up(last - first);
-    for (int64_t row = 0; row < kRows; ++row) {  // rows past the last repeat it
-      const int64_t own = block + (row < rows ? row : rows - 1);
-      const T* q = static_cast<const T*>(call.q) + (work.start + own / group) * call.q_stride +
-                   (work.kv_head * group + own % group) * call.q_head;
-      for (int64_t h = 0; h < H; h += kWidth) {
-        store(q_RH + row * H + h, load(q + h, size - h) * call.scale);
-      }
+  std::memset(q_RH, 0, kRows * H * sizeof(float));  // for rows past the last
+  for (int64_t begin = work.begin; begin < work.end; begin += kRows) {
+    const Block block(call, work, begin, kRows, kWidth);
+    for (int64_t row = 0; row < block.rows; ++row) {
+      const T* q = static_cast<const T*>(call.q);
+      q += place_of(call, work, begin + row, call.q_stride, call.q_head);
+      for (int64_t h = 0; h < H; h += kWidth) store(q_RH + row * H + h, load(q + h, size - h));
     }
-    multiply(q_RH, size, H, keys_HL + first, L, scores_RL, L, columns);
-    float sums[kRows];
-    for (int64_t row = 0; row < kRows; ++row) {
-      const int64_t own = (block + (row < rows ? row : rows - 1)) / group;
-      int64_t from = call.window && own >= call.window ? own - call.window + 1 : 0;
-      int64_t to = call.causal ? own + 1 : work.length;
-      if (call.window && to > own + call.window) to = own + call.window;
-      from = from > first ? from - first : 0;
-      sums[row] = softmax(scores_RL + row * L, columns, from, to - first);
-    }
-    multiply(scores_RL, last - first, L, values_LH + first * H, H, out_RH, H, H);
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t own = block + row;
-      T* out = static_cast<T*>(call.out) +
-               ((work.start + own / group) * call.kv_heads * group + work.kv_head * group +
-                own % group) * size;
-      const float part = 1.0f / sums[row];
-      for (int64_t h = 0; h < size; h += kWidth) {
-        store(out + h, load(out_RH + row * H + h) * part, size - h);
-      }
-    }
+    multiply(q_RH, size, H, keys_HL + block.first, L, scores_RL, L, block.columns);
+    const Vec parts = softmax(call, work, block, scores_RL, L, scores_RL, L);
+    multiply(scores_RL, block.last - block.first, L, values_LH + block.first * H, H, out_RH, H, H);
+    put(call, work, block, out_RH, H, parts, static_cast<T*>(call.out));
   }
 }
+
+#ifdef __AMX_BF16__
+#include "cpu_attention_amx.h"
+#endif
 
 // --- by dtype ---
 
@@ -351,9 +452,20 @@ void rope_of(const Rope& call, Dtype dtype, int64_t begin, int64_t end) {
   dtype == Dtype::kFloat32 ? rope<float>(call, begin, end) : rope<Bf16>(call, begin, end);
 }
 
+int64_t scratch_of(const Attention& call, Dtype dtype, int64_t longest) {
+#ifdef __AMX_BF16__
+  if (dtype == Dtype::kBFloat16) return amx_scratch(call, longest);
+#endif
+  return attention_scratch(call, longest);
+}
+
 void attention_of(const Attention& call, Dtype dtype, const Work& work, float* scratch) {
-  dtype == Dtype::kFloat32 ? attention<float>(call, work, scratch)
-                           : attention<Bf16>(call, work, scratch);
+  if (dtype == Dtype::kFloat32) return attention<float>(call, work, scratch);
+#ifdef __AMX_BF16__
+  attention_amx(call, work, scratch);
+#else
+  attention<Bf16>(call, work, scratch);
+#endif
 }
 
 }  // namespace
@@ -365,7 +477,7 @@ void attention_of(const Attention& call, Dtype dtype, const Work& work, float* s
 
 const CpuKernels& FUNCTION_OF(ISA)() {
   static const CpuKernels kernels{NAME_OF(ISA),      add_rms_norm_of, swiglu_of, rope_of,
-                                  attention_scratch, attention_of};
+                                  scratch_of,       attention_of};
   return kernels;
 }
 

@@ -4,10 +4,15 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdlib>
+#include <memory>
+#include <new>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -21,15 +26,26 @@ namespace {
 constexpr int64_t kNumbers = 16 * 1024;  // that a thread should get at least: some microseconds
 constexpr int64_t kQueries = 512;        // rows of one piece of attention
 
+#ifdef __x86_64__
+// Linux lends the registers of the matrix units to a process that asks for them.
+bool may_use_amx() {
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#endif
+
 // The best for this processor; LLM2VEC_FAST_ISA names a lesser one, for tests.
 const CpuKernels& kernels() {
   static const CpuKernels& best = []() -> const CpuKernels& {
 #ifdef __x86_64__
     const char* asked = std::getenv("LLM2VEC_FAST_ISA");
-    const std::string isa = asked ? asked : "avx512";
+    const std::string isa = asked ? asked : "amx";
     __builtin_cpu_init();
-    if (isa == "avx512" && __builtin_cpu_supports("x86-64-v4")) return kernels_avx512();
-    if (isa != "plain" && __builtin_cpu_supports("x86-64-v3")) return kernels_avx2();
+    const bool v4 = __builtin_cpu_supports("x86-64-v4"), v3 = __builtin_cpu_supports("x86-64-v3");
+    if (isa == "amx" && v4 && may_use_amx()) return kernels_amx();
+    if ((isa == "amx" || isa == "avx512") && v4) return kernels_avx512();
+    if (isa != "plain" && v3) return kernels_avx2();
 #endif
     return kernels_plain();
   }();
@@ -221,12 +237,15 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   if (work.empty()) return out;
   longest = 0;  // of those that are there
   for (const Work& piece : work) longest = std::max(longest, piece.length);
-  const int64_t room = kernels().attention_scratch(call, longest);
+  const int64_t room = kernels().attention_scratch(call, dtype, longest);
   std::atomic<size_t> next{0};
   const auto some = [&](int64_t, int64_t) {
-    std::vector<float> scratch(room);
+    // Tiles that are not aligned are read at a sixth of the speed.
+    const std::unique_ptr<void, decltype(&std::free)> scratch(
+        std::aligned_alloc(64, (room * sizeof(float) + 63) / 64 * 64), &std::free);
+    if (!scratch) throw std::bad_alloc();
     for (size_t n; (n = next.fetch_add(1)) < work.size();) {
-      kernels().attention(call, dtype, work[n], scratch.data());
+      kernels().attention(call, dtype, work[n], static_cast<float*>(scratch.get()));
     }
   };
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), work.size());

@@ -14,7 +14,7 @@ from llm2vec_fast.model.config import ModelConfig
 # Tokens in a forward pass where nobody names another number. On a GPU more makes it no faster, but
 # less memory may allow for less. The share is unmeasured: what is free is also for vectors, CUDA
 # graphs, cuBLAS, and for what an allocator loses to fragments.
-TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16_384}
+TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16_384}
 LEAST_TOKENS, SHARE_OF_FREE = 256, 0.5
 
 

@@ -1,7 +1,7 @@
 """The CPU's C++ kernels of csrc/, for inference: loading, what they refuse, one function for each.
 
 The library is built by setup.py where a C++ compiler is found and loaded at first use; without it
-the CPU computes with plain torch (`eager`). It holds code for AVX-512 and AVX2 and picks by itself.
+the CPU computes with plain torch (`eager`). It holds code for AVX2, AVX-512 and AMX and picks by itself.
 
 T tokens (or any number of rows), D model, F feed-forward, B texts, N query heads, K kv heads,
 H head dim, E = H/2, P positions, S = (N + 2K) H
@@ -22,9 +22,10 @@ from llm2vec_fast.ops.backend import Call
 LIBRARY = Path(__file__).parents[1] / "_cpu.so"
 NAMESPACE = "llm2vec_fast_cpu"
 OPS = ("add_rms_norm", "swiglu", "rope_", "attention")
+DTYPES = (torch.bfloat16, torch.float32)
 # Texts of more tokens go to torch's own attention, which works in blocks of keys, and in bf16 with
-# the processor's matrix units: measured with benchmarks/bench_attention.py on a Xeon with AMX.
-LONGEST = {torch.float32: 512, torch.bfloat16: 64}
+# the processor's matrix units where our kernel has none. See benchmarks/LOG.md.
+LONGEST, LONGEST_WITHOUT_MATRIX_UNITS = 512, 64
 
 
 def refuses(call: Call) -> str | None:
@@ -35,7 +36,7 @@ def refuses(call: Call) -> str | None:
         return "the CPU's library is not built (reinstall where c++ is, with LLM2VEC_FAST_CPU=1)"
     if call.device != "cpu":
         return "computes on a CPU"
-    if call.dtype not in LONGEST:
+    if call.dtype not in DTYPES:
         return f"computes in bf16 and fp32, not {call.dtype}"
     if call.needs_grad or call.dropout:
         return "inference only: it has no backward pass"
@@ -55,6 +56,12 @@ def load():
     raises: RuntimeError if it is not built or does not load
     """
     return _library.load(LIBRARY, NAMESPACE, _FAKES, "LLM2VEC_FAST_CPU")
+
+
+def longest(dtype: torch.dtype) -> int:
+    """Tokens of the longest texts that `attention` computes by itself."""
+    bare = dtype == torch.bfloat16 and load().isa() != "amx"
+    return LONGEST_WITHOUT_MATRIX_UNITS if bare else LONGEST
 
 
 def add_rms_norm(
@@ -94,10 +101,10 @@ def attention(
     q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, causal: bool,
     window: int | None, scale: float,
 ) -> Tensor:  # fmt: skip
-    """(T, N, H) of ops.attention; rows of texts longer than LONGEST are left unwritten."""
+    """(T, N, H) of ops.attention; rows of texts longer than `longest` are left unwritten."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_TNH, k_TKH, v_TKH))
-    longest = LONGEST[q.dtype]
-    return load().attention.default(q, k, v, cu_seqlens, causal, window, scale, longest)
+    most = longest(q.dtype)
+    return load().attention.default(q, k, v, cu_seqlens, causal, window, scale, most)
 
 
 # What the operators return, for meta tensors and torch.compile.

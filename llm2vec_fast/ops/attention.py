@@ -153,7 +153,7 @@ def _cpu(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, causal, window, scale, dro
     """Our kernel for short texts, torch's for long ones."""
     run = kernels("attention", "cpu")
     o_TNH = run.attention(q_TNH, k_TKH, v_TKH, cu_seqlens, causal, window, scale)
-    longest = run.LONGEST[q_TNH.dtype]
+    longest = run.longest(q_TNH.dtype)
     if max_seqlen <= longest:
         return o_TNH
     return _by_length(q_TNH, k_TKH, v_TKH, cu_seqlens, causal, window, scale, o_TNH, longest)

@@ -143,4 +143,4 @@ def test_the_default_budget_goes_by_the_free_memory_of_a_gpu(monkeypatch):
     assert budget(60) == budget(5) == 16_384  # more makes a GPU no faster
     assert budget(2) == budget(2.1) == budget(1, 15, 14) == 8192  # what torch keeps is free too
     assert budget(0) == budget(0.01) == 256
-    assert work.default_budget(config, torch.float32, torch.device("cpu")) == 1024
+    assert work.default_budget(config, torch.float32, torch.device("cpu")) == 4096

