@@ -56,7 +56,7 @@ def matmul_rate(
     """
     device = torch.device(device)
     D, width, H = config.hidden_size, config.intermediate_size, config.head_dim
-    side, rows = (8192, 16_384) if device.type == "cuda" else (2048, 1024)
+    side, rows = (8192, 16_384) if device.type == "cuda" else (2048, TOKENS_PER_BATCH["cpu"])
     heads = config.n_heads + 2 * config.n_kv_heads
     shapes = [(side, side, side), (rows, heads * H, D), (rows, D, config.n_heads * H)]
     shapes += [(rows, 2 * width, D), (rows, D, width)]

@@ -1,7 +1,8 @@
 """The CPU's C++ kernels of csrc/, for inference: loading, what they refuse, one function for each.
 
 The library is built by setup.py where a C++ compiler is found and loaded at first use; without it
-the CPU computes with plain torch (`eager`). It holds code for AVX2, AVX-512 and AMX and picks by itself.
+the CPU computes with plain torch (`eager`). It holds code for AVX2, AVX-512 and AMX and picks by
+itself.
 
 T tokens (or any number of rows), D model, F feed-forward, B texts, N query heads, K kv heads,
 H head dim, E = H/2, P positions, S = (N + 2K) H
