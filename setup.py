@@ -18,6 +18,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -60,8 +61,16 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
 
 
-def find_cxx() -> str | None:
-    return shutil.which(os.environ.get("CXX") or "c++")
+def find_cxx() -> list[str] | None:
+    """The compiler, with what stands before or behind it in CXX ("ccache g++")."""
+    command = shlex.split(os.environ.get("CXX") or "c++")
+    return command if shutil.which(command[0]) else None
+
+
+def sources_define() -> str:
+    """Tells a library what it was made of; `ops/_library.py` looks whether that is there now."""
+    whole = b"".join(path.read_bytes() for path in sorted(CSRC.iterdir()))
+    return f'-DLLM2VEC_FAST_SOURCES="{hashlib.sha256(whole).hexdigest()[:16]}"'
 
 
 def find_torch() -> Path | None:
@@ -127,7 +136,7 @@ def cuda_jobs(torch: Path) -> tuple[list[str], dict[str, list[str]]]:
     nvcc = find_nvcc()
     compile_ = [nvcc, "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     device = gencode(archs(nvcc))
-    host = [TORCH_TARGET, "-DUSE_CUDA", "-isystem", str(torch / "include")]
+    host = [TORCH_TARGET, sources_define(), "-DUSE_CUDA", "-isystem", str(torch / "include")]
     jobs = {
         Path(name).stem: [*compile_, *(host if name.endswith(".cpp") else device), "-c", name]
         for name in SOURCES["cuda"]
@@ -139,15 +148,15 @@ def cuda_jobs(torch: Path) -> tuple[list[str], dict[str, list[str]]]:
 
 def cpu_jobs(torch: Path) -> tuple[list[str], dict[str, list[str]]]:
     """The same for the CPU's library: its kernels once for each instruction set."""
-    compile_ = [find_cxx(), "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi",
+    compile_ = [*find_cxx(), "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi",
                 "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]  # fmt: skip
     kinds = X86 if platform.machine() in ("x86_64", "AMD64") else {"plain": (4, 4, ())}
-    host = [TORCH_TARGET, "-isystem", str(torch / "include")]
+    host = [TORCH_TARGET, sources_define(), "-isystem", str(torch / "include")]
     jobs = {"cpu_library": [*compile_, *host, "-c", "cpu_library.cpp"]}
     for isa, (width, rows, instructions) in kinds.items():
         flags = [f"-DISA={isa}", f"-DWIDTH={width}", f"-DROWS={rows}", *instructions]
         jobs[f"cpu_{isa}"] = [*compile_, *flags, "-c", "cpu_kernels.cpp"]
-    return [find_cxx(), "-shared", "-Wl,--exclude-libs,ALL", "-Wl,-s"], jobs
+    return [*find_cxx(), "-shared", "-Wl,--exclude-libs,ALL", "-Wl,-s"], jobs
 
 
 def build(kind: str, library: Path, work: Path) -> None:
@@ -163,7 +172,8 @@ def build(kind: str, library: Path, work: Path) -> None:
     torch = find_torch()
     link, commands = {"cuda": cuda_jobs, "cpu": cpu_jobs}[kind](torch)
     headers = [path.read_bytes() for path in sorted([*CSRC.glob("*.h"), *CSRC.glob("*.cuh")])]
-    versions = [run([link[0], "--version"]), (torch / "version.py").read_text()]
+    compiler = link[: link.index("-shared")]
+    versions = [run([*compiler, "--version"]), (torch / "version.py").read_text()]
     work.mkdir(parents=True, exist_ok=True)
 
     jobs, objects = [], []
@@ -185,7 +195,7 @@ def build(kind: str, library: Path, work: Path) -> None:
     libraries = ["-L", str(torch / "lib"), "-ltorch_cpu", "-lc10"]
     linked = work / f"_{kind}-{digest(*link, *(path.name for path in objects))}.so"
     if not linked.exists():
-        produce([link[0], *names, *libraries, *link[1:]], linked)
+        produce([*compiler, *names, *libraries, *link[len(compiler) :]], linked)
     for path in work.iterdir():
         if path not in (*objects, linked):
             path.unlink()

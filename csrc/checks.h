@@ -9,6 +9,10 @@
 
 #include "kernels.h"
 
+#ifndef LLM2VEC_FAST_SOURCES  // a digest of all files here, from setup.py
+#define LLM2VEC_FAST_SOURCES ""
+#endif
+
 namespace llm2vec_fast {
 
 using torch::headeronly::ScalarType;

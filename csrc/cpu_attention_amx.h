@@ -12,10 +12,14 @@ struct TileShape {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// What is written before is in memory: the compiler does not know that tiles are read from there.
+inline void settle() { asm volatile("" ::: "memory"); }
+
 // c (16, 16 columns) = a (16, 32 depth) b; tiles of b lie one behind the other: tile (d, column)
 // is at b + (column * b_column + d * b_depth) * kPairs.
 void tiles(const Bf16* a, int64_t a_stride, int64_t depth, const uint32_t* b, int64_t b_column,
            int64_t b_depth, float* c, int64_t c_stride, int64_t columns) {
+  settle();
   int64_t n = 0;
   for (; n + 4 <= columns; n += 4) {
     _tile_zero(0);
@@ -125,6 +129,7 @@ void attention_amx(const Attention& call, const Work& work, float* scratch) {
               values);
   std::memset(q_RH, 0, kTile * H * sizeof(Bf16));  // for rows past the last
   const TileShape shape;
+  asm volatile("" ::"r"(&shape) : "memory");  // all of it, of which the next line reads more than it says
   _tile_loadconfig(&shape);
   for (int64_t begin = work.begin; begin < work.end; begin += kTile) {
     const Block block(call, work, begin, kTile, kDepth);

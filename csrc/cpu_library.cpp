@@ -42,6 +42,8 @@ const CpuKernels& kernels() {
     const char* asked = std::getenv("LLM2VEC_FAST_ISA");
     const std::string isa = asked ? asked : "amx";
     __builtin_cpu_init();
+    require(isa == "amx" || isa == "avx512" || isa == "avx2" || isa == "plain",
+            "LLM2VEC_FAST_ISA must be amx, avx512, avx2 or plain, got ", isa);
     const bool v4 = __builtin_cpu_supports("x86-64-v4"), v3 = __builtin_cpu_supports("x86-64-v3");
     if (isa == "amx" && v4 && may_use_amx()) return kernels_amx();
     if ((isa == "amx" || isa == "avx512") && v4) return kernels_avx512();
@@ -53,6 +55,7 @@ const CpuKernels& kernels() {
 }
 
 std::string isa() { return kernels().name; }
+std::string sources() { return LLM2VEC_FAST_SOURCES; }
 
 Dtype computed(const char* op, const Tensor& t) {
   const Dtype dtype = dtype_of(op, t);
@@ -150,6 +153,7 @@ void rope_(Tensor qkv, const Tensor& positions, const Tensor& cos, const Tensor&
             "rope_: cos and sin must be float32 and alike");
   }
   const int64_t rows = qkv.size(0);
+  require(rows < 2 || qkv.stride(0) >= qkv.size(1), "rope_: rows of qkv share memory");
   require(heads >= 0 && heads * 2 * cos.size(1) <= qkv.size(1), "rope_: ", heads, " heads of ",
           2 * cos.size(1), " do not fit ", shape_of(qkv));
   const bool wide = positions.scalar_type() == ScalarType::Long;
@@ -181,13 +185,15 @@ void rope_(Tensor qkv, const Tensor& positions, const Tensor& cos, const Tensor&
 
 // All texts of up to `longest` tokens, cut where one has many queries; the longest come first, so that no thread is left
 // with one of them at the end.
-std::vector<Work> pieces(const int32_t* bounds, int64_t texts, int64_t tokens, int64_t longest,
-                         const Attention& call) {
+std::vector<Work> pieces(const int32_t* bounds, int64_t texts, int64_t tokens, int64_t max_seqlen,
+                         int64_t longest, const Attention& call) {
   std::vector<Work> found;
   for (int64_t text = 0; text < texts; ++text) {
     const int64_t start = bounds[text], length = bounds[text + 1] - start;
     require(start >= 0 && length >= 1 && start + length <= tokens, "attention: text ", text,
             " from ", start, " to ", start + length, " of ", tokens, " tokens");
+    require(length <= max_seqlen, "attention: text ", text, " has ", length,
+            " tokens, more than max_seqlen, ", max_seqlen);
     if (length > longest) continue;
     for (int head = 0; head < call.kv_heads; ++head) {
       for (int64_t begin = 0; begin < length * call.group; begin += kQueries) {
@@ -203,7 +209,8 @@ std::vector<Work> pieces(const int32_t* bounds, int64_t texts, int64_t tokens, i
 }
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
-                 bool causal, std::optional<int64_t> window, double scale, int64_t longest) {
+                 int64_t max_seqlen, bool causal, std::optional<int64_t> window, double scale,
+                 int64_t longest) {
   const Dtype dtype = computed("attention", q);
   for (const Tensor* x : {&q, &k, &v}) {
     require(x->dim() == 3 && x->size(0) == q.size(0) && x->size(2) == q.size(2) &&
@@ -226,14 +233,14 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   call.out = out.mutable_data_ptr();
   call.q_stride = q.stride(0), call.k_stride = k.stride(0), call.v_stride = v.stride(0);
   call.q_head = q.stride(1), call.k_head = k.stride(1), call.v_head = v.stride(1);
-  call.window = window.value_or(0);
+  call.window = std::min(window.value_or(0), q.size(0));  // a wider one is none
   call.kv_heads = static_cast<int>(k.size(1));
   call.group = static_cast<int>(q.size(1) / k.size(1));
   call.size = static_cast<int>(q.size(2));
   call.causal = causal;
   call.scale = static_cast<float>(scale);
   const auto* bounds = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
-  const std::vector<Work> work = pieces(bounds, cu_seqlens.size(0) - 1, q.size(0), longest, call);
+  const std::vector<Work> work = pieces(bounds, cu_seqlens.size(0) - 1, q.size(0), max_seqlen, longest, call);
   if (work.empty()) return out;
   longest = 0;  // of those that are there
   for (const Work& piece : work) longest = std::max(longest, piece.length);
@@ -257,17 +264,19 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 }  // namespace llm2vec_fast
 
 STABLE_TORCH_LIBRARY(llm2vec_fast_cpu, m) {
+  m.def("sources() -> str");
   m.def("isa() -> str");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def("rope_(Tensor(a!) qkv, Tensor positions, Tensor cos, Tensor sin, int heads) -> ()");
   m.def(
-      "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal, int? window, "
+      "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, bool causal, int? window, "
       "float scale, int longest) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llm2vec_fast_cpu, CompositeExplicitAutograd, m) {
+  m.impl("sources", TORCH_BOX(&llm2vec_fast::sources));
   m.impl("isa", TORCH_BOX(&llm2vec_fast::isa));
 }
 

@@ -136,6 +136,8 @@ std::tuple<Tensor, Tensor> gated(const char* op, const Tensor& gate_up, bool fp8
   return {y, scale};
 }
 
+std::string sources() { return LLM2VEC_FAST_SOURCES; }
+
 Tensor swiglu(const Tensor& gate_up) { return std::get<0>(gated("swiglu", gate_up, false)); }
 
 std::tuple<Tensor, Tensor> swiglu_fp8(const Tensor& gate_up) {
@@ -208,12 +210,17 @@ std::tuple<Tensor, Tensor> pool(const Tensor& hidden, const Tensor& spans, const
 #ifdef LLM2VEC_FAST_EMULATE
 #define LLM2VEC_FAST_LIBRARY(m) STABLE_TORCH_LIBRARY(llm2vec_fast_emulated, m)
 #define LLM2VEC_FAST_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(llm2vec_fast_emulated, CPU, m)
+#define LLM2VEC_FAST_ANYWHERE(m) \
+  STABLE_TORCH_LIBRARY_IMPL(llm2vec_fast_emulated, CompositeExplicitAutograd, m)
 #else
 #define LLM2VEC_FAST_LIBRARY(m) STABLE_TORCH_LIBRARY(llm2vec_fast_cuda, m)
 #define LLM2VEC_FAST_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(llm2vec_fast_cuda, CUDA, m)
+#define LLM2VEC_FAST_ANYWHERE(m) \
+  STABLE_TORCH_LIBRARY_IMPL(llm2vec_fast_cuda, CompositeExplicitAutograd, m)
 #endif
 
 LLM2VEC_FAST_LIBRARY(m) {
+  m.def("sources() -> str");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("rms_norm_fp8(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
@@ -226,6 +233,8 @@ LLM2VEC_FAST_LIBRARY(m) {
       "pool(Tensor hidden, Tensor spans, str mode, bool normalize, int? truncate_dim, "
       "str precision) -> (Tensor, Tensor)");
 }
+
+LLM2VEC_FAST_ANYWHERE(m) { m.impl("sources", TORCH_BOX(&llm2vec_fast::sources)); }
 
 LLM2VEC_FAST_KERNELS(m) {
   m.impl("rms_norm", TORCH_BOX(&llm2vec_fast::rms_norm));

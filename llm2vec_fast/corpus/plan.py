@@ -15,6 +15,7 @@ from typing import Any
 from llm2vec_fast.corpus.atomic import atomically
 from llm2vec_fast.corpus.place import is_remote
 from llm2vec_fast.corpus.read import Source
+from llm2vec_fast.vectors import check_form
 from llm2vec_fast.version import __version__
 
 MANIFEST = "manifest.json"
@@ -22,6 +23,15 @@ FORMAT = 1
 ENDS = 64 << 10  # bytes of a file's start and end that its fingerprint covers
 STDIN = "-"
 LATER = {"output_format": "parquet"}  # what older manifests do not name
+# What is read of a manifest, and what each must be; of its model only where texts are encoded.
+PARTS = {
+    "rows_per_shard": int, "columns": dict, "columns.keep": list, "vectors": dict,
+    "vectors.dimension": int, "vectors.precision": str,
+}  # fmt: skip
+MODEL_PARTS = {
+    "model": dict, "model.base": str, "model.adapters": list, "model.settings": dict,
+    "model.dtype": str, "model.fingerprint": str,
+}  # fmt: skip
 # What file systems behind URLs tell of a file besides its size, whichever they have.
 REMOTE_MARKS = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "mtime")
 
@@ -124,7 +134,7 @@ def settle_manifest(
             )
         if _create(output, wanted):
             return wanted
-    found = read_manifest(output)
+    found = _read(output)
     if any_budget and isinstance(found.get("vectors"), dict):
         wanted["vectors"]["tokens_per_batch"] = found["vectors"].get("tokens_per_batch")
     same = {"inputs": None, "made_by": None}  # inputs are compared by name, the maker not at all
@@ -146,18 +156,44 @@ def settle_manifest(
 
 
 def read_manifest(output: Path) -> dict[str, Any]:
-    """The manifest of a finished or interrupted job. Raises ManifestError if there is none."""
-    path = output / MANIFEST
+    """The manifest of a finished or interrupted job, with all PARTS.
+
+    raises: ManifestError if there is none
+    """
+    found = _read(output)
+    require_parts(output, found, PARTS)
+    dimension = found["vectors"]["dimension"]
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        check_form(dimension, dimension, found["vectors"]["precision"])
+    except ValueError as error:
+        raise _broken(output, error) from error
+    return found
+
+
+def require_parts(output: Path, manifest: dict[str, Any], parts: dict[str, type]) -> None:
+    """Raises ManifestError if one is not there, or not as this program writes it."""
+    for part, kind in parts.items():
+        outer, _, name = part.rpartition(".")
+        if not isinstance((manifest[outer] if outer else manifest).get(name), kind):
+            raise _broken(output, f"no {part}, or none that this program wrote")
+
+
+def _read(output: Path) -> dict[str, Any]:
+    """What can be compared with another job's manifest."""
+    try:
+        found = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise ValueError(f"format {FORMAT} expected")
         inputs = found.get("inputs")
         if not isinstance(inputs, list) or not all(map(_names_a_path, inputs)):
             raise ValueError("no list of inputs")
     except (OSError, ValueError, RecursionError) as error:
-        raise ManifestError(f"{path} is not the manifest of an embedding job: {error}") from error
+        raise _broken(output, error) from error
     return found
+
+
+def _broken(output: Path, why: object) -> ManifestError:
+    return ManifestError(f"{output / MANIFEST} is not the manifest of an embedding job: {why}")
 
 
 def _names_a_path(told: object) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llm2vec_fast.corpus.place import place_of
-from llm2vec_fast.corpus.plan import ManifestError, read_manifest
+from llm2vec_fast.corpus.plan import MODEL_PARTS, ManifestError, read_manifest, require_parts
 from llm2vec_fast.corpus.store import BLOCK, blocks_of, rows_at
 from llm2vec_fast.encoder import LLM2Vec
 
@@ -66,6 +66,7 @@ def search(
     if isinstance(queries, np.ndarray | Tensor):
         query_QD = _given(queries, form["dimension"], instruction)
     else:
+        require_parts(directory, manifest, MODEL_PARTS)
         model = model or _load(manifest["model"], device)
         query_QD = _encoded(directory, manifest, queries, model, instruction)
     place = torch.device(device or "cpu") if model is None else model.device

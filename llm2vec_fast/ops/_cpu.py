@@ -92,20 +92,20 @@ def rotate_(
     inverse: bool = False,
 ) -> Tensor:
     """Turns queries and keys in place, by the negative angle if `inverse`; gives qkv_TS itself."""
-    sin_PE = -sin_PE if inverse else sin_PE
+    tables = cos_PE.contiguous(), (-sin_PE if inverse else sin_PE).contiguous()
     into = qkv_TS if qkv_TS.stride(1) == 1 else qkv_TS.contiguous()
-    load().rope_.default(into, positions_T.contiguous(), cos_PE, sin_PE, n_heads + n_kv_heads)
+    load().rope_.default(into, positions_T.contiguous(), *tables, n_heads + n_kv_heads)
     return qkv_TS if into is qkv_TS else qkv_TS.copy_(into)
 
 
 def attention(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, causal: bool,
-    window: int | None, scale: float,
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+    causal: bool, window: int | None, scale: float,
 ) -> Tensor:  # fmt: skip
     """(T, N, H) of ops.attention; rows of texts longer than `longest` are left unwritten."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_TNH, k_TKH, v_TKH))
     most = longest(q.dtype)
-    return load().attention.default(q, k, v, cu_seqlens, causal, window, scale, most)
+    return load().attention.default(q, k, v, cu_seqlens, max_seqlen, causal, window, scale, most)
 
 
 # What the operators return, for meta tensors and torch.compile.
@@ -114,5 +114,5 @@ _FAKES = {
     "add_rms_norm": lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
     "swiglu": lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
     "rope_": lambda qkv, positions, cos, sin, heads: None,
-    "attention": lambda q, k, v, cu_seqlens, causal, window, scale, longest: q.new_empty(q.shape),
+    "attention": lambda q, *_: q.new_empty(q.shape),
 }

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+CSRC = Path(__file__).parents[2] / "csrc"  # of a checkout
+_lock = threading.Lock()
+_loaded: dict[Path, object] = {}
 
 
 def load(path: Path, namespace: str, fakes: Mapping[str, Callable], switch: str):
@@ -16,6 +22,13 @@ def load(path: Path, namespace: str, fakes: Mapping[str, Callable], switch: str)
     switch:  the variable that setup.py reads
     raises:  RuntimeError if it is not built, does not load, or was built from other sources
     """
+    with _lock:  # torch refuses a second description of an operator
+        if path not in _loaded:
+            _loaded[path] = _load(path, namespace, fakes, switch)
+        return _loaded[path]
+
+
+def _load(path, namespace, fakes, switch):
     again = f"`{switch}=1 python setup.py build_ext --inplace` builds it"
     if not path.exists():
         raise RuntimeError(f"{path} does not exist: this library is not built; {again}")
@@ -24,11 +37,20 @@ def load(path: Path, namespace: str, fakes: Mapping[str, Callable], switch: str)
     except OSError as error:
         raise RuntimeError(f"{path} does not load: {error}") from error
     operators = getattr(torch.ops, namespace)
-    if absent := [name for name in fakes if not hasattr(operators, name)]:
-        raise RuntimeError(f"{path} is of other sources, without {', '.join(absent)}; {again}")
+    if not all(hasattr(operators, name) for name in (*fakes, "sources")) or _is_stale(operators):
+        raise RuntimeError(f"{path} was built from other sources than csrc/ holds now; {again}")
     for name, fake in fakes.items():
         torch.library.register_fake(f"{namespace}::{name}", fake)
     return operators
+
+
+def _is_stale(operators) -> bool:
+    """Whether the library is not that of this checkout; setup.py told it what it is made of."""
+    told = operators.sources()
+    if not told or not CSRC.exists():
+        return False
+    whole = b"".join(path.read_bytes() for path in sorted(CSRC.iterdir()))
+    return told != hashlib.sha256(whole).hexdigest()[:16]
 
 
 def rows(x: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ def _sdpa(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, causal, window, scale, dr
 def _cpu(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, causal, window, scale, dropout_p, seed):
     """Our kernel for short texts, torch's for long ones."""
     run = kernels("attention", "cpu")
-    o_TNH = run.attention(q_TNH, k_TKH, v_TKH, cu_seqlens, causal, window, scale)
+    o_TNH = run.attention(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, causal, window, scale)
     longest = run.longest(q_TNH.dtype)
     if max_seqlen <= longest:
         return o_TNH
@@ -180,20 +180,19 @@ def _by_length(q_TNH, k_TKH, v_TKH, cu_seqlens, causal, window, scale, o_TNH, ab
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=plain_causal, scale=scale, enable_gqa=True
         )
-        parts.append((at, out.transpose(1, 2).flatten(0, 1)))
-    if len(parts) == 1 and parts[0][0].stop - parts[0][0].start == len(o_TNH):
-        o_TNH = parts[0][1]
-    elif torch.is_grad_enabled() and any(part.requires_grad for _, part in parts):
-        o_TNH = torch.cat([part for _, part in parts])  # every text: `above` is for inference
+        parts.append((at, out.transpose(1, 2)))
+    if any(out_BLNH.requires_grad for _, out_BLNH in parts):  # never with `above`
+        o_TNH = torch.cat([*(out.flatten(0, 1) for _, out in parts), o_TNH[start:]])
     else:
-        for at, part in parts:
-            o_TNH[at] = part
-    if not sum(x.detach().sum(dtype=torch.float32) for x in (q_TNH, k_TKH)).isfinite():
+        for at, out_BLNH in parts:
+            o_TNH[at].view(out_BLNH.shape).copy_(out_BLNH)
+    used = [x.detach()[:start].sum(dtype=torch.float32) for x in (q_TNH, k_TKH)]
+    if not sum(used).isfinite():
         # torch's kernel writes 0 where all scores of a query are NaN, which would hide an overflow.
         truth = attention_ref(
             q_TNH, k_TKH, v_TKH, cu_seqlens, max(lengths), causal=causal, window=window, scale=scale
         )
-        o_TNH = torch.where(truth.isfinite(), o_TNH, truth)
+        o_TNH = torch.cat([torch.where(truth.isfinite(), o_TNH[:start], truth), o_TNH[start:]])
     return o_TNH
 
 

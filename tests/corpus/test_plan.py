@@ -12,11 +12,14 @@ import pytest
 from llm2vec_fast.corpus.plan import (
     ENDS,
     MANIFEST,
+    MODEL_PARTS,
+    PARTS,
     Job,
     ManifestError,
     fingerprint_of,
     in_order,
     read_manifest,
+    require_parts,
     settle_manifest,
 )
 from llm2vec_fast.corpus.read import Source, open_sources
@@ -80,7 +83,11 @@ def test_append_takes_new_inputs_and_keeps_the_order_of_the_old(out, files, tmp_
     with pytest.raises(ManifestError, match=r"a\.txt new.*--append"):
         settle_manifest(out, told(*sources))
     settle_manifest(out, told(*sources), append=True)
-    assert [i["path"] for i in read_manifest(out)["inputs"]] == [b.name, c.name, a.name]
+    assert [i["path"] for i in json.loads((out / MANIFEST).read_text())["inputs"]] == [
+        b.name,
+        c.name,
+        a.name,
+    ]
     assert [path.name for path in out.iterdir()] == [MANIFEST]
     settle_manifest(out, told(*in_order(out, open_sources([tmp_path]))))  # a plain resume
 
@@ -93,7 +100,7 @@ def test_append_refuses_missing_and_changed_inputs(out, files):
     files("b.txt", "longer than before\n")
     with pytest.raises(ManifestError, match=r"inputs\[1\]\.size: 4 there, 19 now .*b\.txt"):
         settle_manifest(out, told(a, b, files("c.txt")), append=True)
-    assert len(read_manifest(out)["inputs"]) == 2
+    assert len(json.loads((out / MANIFEST).read_text())["inputs"]) == 2
 
 
 def test_other_options_are_refused_with_append_too(out, files):
@@ -165,6 +172,38 @@ def test_a_broken_manifest_is_named(out, files, text):
         settle_manifest(out, told(files("a.txt")))
 
 
+WHOLE = {
+    "rows_per_shard": 4, "columns": {"keep": []}, "vectors": {"dimension": 8, "precision": "int8"},
+    "model": {"base": "m", "adapters": [], "settings": {}, "dtype": "float32", "fingerprint": "f"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", PARTS | MODEL_PARTS)
+def test_a_manifest_that_lacks_a_part_is_named(out, files, part):
+    settle_manifest(out, told(files("a.txt"), **WHOLE))
+    whole = read_manifest(out)
+    *outer, name = part.split(".")
+    kinds = PARTS | MODEL_PARTS
+    for broken in ({}, {name: None}, {name: {"a": 1} if kinds[part] is not dict else "a"}):
+        manifest = json.loads(json.dumps(whole))
+        place = manifest[outer[0]] if outer else manifest
+        del place[name]
+        place.update(broken)
+        (out / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(ManifestError, match=rf"not the manifest.*{part}"):
+            require_parts(out, read_manifest(out), MODEL_PARTS)
+
+
+def test_a_manifest_of_vectors_that_cannot_be_is_named(out, files):
+    settle_manifest(out, told(files("a.txt"), **WHOLE))
+    for wrong in ({"precision": "int3"}, {"dimension": 0}):
+        manifest = json.loads((out / MANIFEST).read_text())
+        manifest["vectors"] = WHOLE["vectors"] | wrong
+        (out / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(ManifestError, match="not the manifest"):
+            read_manifest(out)
+
+
 def test_a_manifest_of_the_first_version_says_nothing_of_the_layout(out, files):
     settle_manifest(out, told(files("a.txt")))
     before = json.loads((out / MANIFEST).read_text())
@@ -188,8 +227,9 @@ def test_a_budget_that_nobody_asked_for_is_that_of_the_manifest(out, files):
     with pytest.raises(ManifestError, match="tokens_per_batch: 8192 there, 4096 now"):
         settle(4096, source)
     appended = settle(4096, source, later, append=True, any_budget=True)
-    assert appended == read_manifest(out)["vectors"] == settle(8192, source, later)
-    assert len(read_manifest(out)["inputs"]) == 2
+    there = json.loads((out / MANIFEST).read_text())
+    assert appended == there["vectors"] == settle(8192, source, later)
+    assert len(there["inputs"]) == 2
 
 
 def test_a_manifest_without_vectors_is_another_job(out, files):
