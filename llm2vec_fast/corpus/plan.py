@@ -107,7 +107,7 @@ def in_order(output: Path, sources: Sequence[Source]) -> list[Source]:
     """
     if not (output / MANIFEST).exists():
         return list(sources)
-    known = [told["path"] for told in read_manifest(output)["inputs"]]
+    known = [told["path"] for told in _read(output)["inputs"]]
     place = {path: at for at, path in enumerate(known)}
     return sorted(sources, key=lambda source: place.get(source.name, len(known)))
 

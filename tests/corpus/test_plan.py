@@ -83,11 +83,8 @@ def test_append_takes_new_inputs_and_keeps_the_order_of_the_old(out, files, tmp_
     with pytest.raises(ManifestError, match=r"a\.txt new.*--append"):
         settle_manifest(out, told(*sources))
     settle_manifest(out, told(*sources), append=True)
-    assert [i["path"] for i in json.loads((out / MANIFEST).read_text())["inputs"]] == [
-        b.name,
-        c.name,
-        a.name,
-    ]
+    there = json.loads((out / MANIFEST).read_text())["inputs"]
+    assert [source["path"] for source in there] == [b.name, c.name, a.name]
     assert [path.name for path in out.iterdir()] == [MANIFEST]
     settle_manifest(out, told(*in_order(out, open_sources([tmp_path]))))  # a plain resume
 
