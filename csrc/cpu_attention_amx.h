@@ -1,7 +1,13 @@
-// Attention in bf16 on matrix units (Intel AMX): part of cpu_kernels.cpp where -mamx-bf16 is given.
-// Products are tiles of 16 x 32 by 32 x 16 numbers, summed in fp32. The second factor lies in pairs:
-// a row of its tile has 16 columns of two numbers that follow each other in depth. Scores, their
-// maximum and their exponentials are fp32; weights are rounded to bf16, as in flash attention.
+// Attention in bf16 on matrix units (Intel AMX); part of cpu_kernels.cpp where -mamx-bf16 is given.
+// Products are tiles of 16 x 32 by 32 x 16 numbers, summed in fp32. The second factor lies in
+// pairs: a row of its tile has 16 columns of two numbers that follow each other in depth. Scores,
+// maxima and exponentials are fp32; weights are rounded to bf16, as in flash attention.
+#pragma once
+
+#include "cpu_attention.h"
+
+namespace llm2vec_fast {
+namespace {
 
 constexpr int64_t kTile = 16, kDepth = 32;  // rows or columns of a tile, numbers summed by one
 constexpr int64_t kPairs = kTile * kTile;   // in a tile of pairs
@@ -69,7 +75,7 @@ inline To loaded(const Bf16* from, int64_t n) {
   return x;
 }
 
-// Rows of keys to tiles of pairs: two numbers of a key are one of 32 bits, and those are transposed.
+// Rows of keys to tiles of pairs: two numbers of a key are one of 32 bits; those are transposed.
 void pair_keys(const Bf16* keys, int64_t stride, int64_t length, int64_t size, int64_t depth,
                uint32_t* to) {
   for (int64_t row = 0; row < up(length, kDepth); row += kTile) {
@@ -129,7 +135,7 @@ void attention_amx(const Attention& call, const Work& work, float* scratch) {
               values);
   std::memset(q_RH, 0, kTile * H * sizeof(Bf16));  // for rows past the last
   const TileShape shape;
-  asm volatile("" ::"r"(&shape) : "memory");  // all of it, of which the next line reads more than it says
+  asm volatile("" ::"r"(&shape) : "memory");  // the next line reads more of it than it says
   _tile_loadconfig(&shape);
   for (int64_t begin = work.begin; begin < work.end; begin += kTile) {
     const Block block(call, work, begin, kTile, kDepth);
@@ -150,3 +156,6 @@ void attention_amx(const Attention& call, const Work& work, float* scratch) {
   }
   _tile_release();
 }
+
+}  // namespace
+}  // namespace llm2vec_fast

@@ -183,8 +183,8 @@ void rope_(Tensor qkv, const Tensor& positions, const Tensor& cos, const Tensor&
   });
 }
 
-// All texts of up to `longest` tokens, cut where one has many queries; the longest come first, so that no thread is left
-// with one of them at the end.
+// All texts of up to `longest` tokens, cut where one has many queries. The longest come first, so
+// that no thread is left with one of them at the end.
 std::vector<Work> pieces(const int32_t* bounds, int64_t texts, int64_t tokens, int64_t max_seqlen,
                          int64_t longest, const Attention& call) {
   std::vector<Work> found;
@@ -225,7 +225,8 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
               cu_seqlens.scalar_type() == ScalarType::Int,
           "attention: cu_seqlens must be (B + 1,) int32");
   require(!window.has_value() || *window >= 1, "attention: window must be at least 1");
-  Tensor out = torch::stable::new_empty(q, std::array<int64_t, 3>{q.size(0), q.size(1), q.size(2)});
+  const std::array<int64_t, 3> shape{q.size(0), q.size(1), q.size(2)};
+  Tensor out = torch::stable::new_empty(q, shape);
   Attention call{};
   call.q = q.const_data_ptr();
   call.k = k.const_data_ptr();
@@ -240,7 +241,8 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   call.causal = causal;
   call.scale = static_cast<float>(scale);
   const auto* bounds = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
-  const std::vector<Work> work = pieces(bounds, cu_seqlens.size(0) - 1, q.size(0), max_seqlen, longest, call);
+  const std::vector<Work> work =
+      pieces(bounds, cu_seqlens.size(0) - 1, q.size(0), max_seqlen, longest, call);
   if (work.empty()) return out;
   longest = 0;  // of those that are there
   for (const Work& piece : work) longest = std::max(longest, piece.length);
@@ -271,8 +273,8 @@ STABLE_TORCH_LIBRARY(llm2vec_fast_cpu, m) {
   m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def("rope_(Tensor(a!) qkv, Tensor positions, Tensor cos, Tensor sin, int heads) -> ()");
   m.def(
-      "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, bool causal, int? window, "
-      "float scale, int longest) -> Tensor");
+      "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, bool causal, "
+      "int? window, float scale, int longest) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llm2vec_fast_cpu, CompositeExplicitAutograd, m) {
