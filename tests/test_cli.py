@@ -196,7 +196,8 @@ def test_a_second_writer_is_refused(directory, corpus, tmp_path):
 def test_doctor_tells_machine_versions_and_backends(directory):
     done = run("doctor", "--model", str(directory))
     assert done.returncode == 0, done.stderr
-    for word in ("torch", "triton", "nvcc", "attention", "varlen", "needs a CUDA device", "template"):
+    wanted = ("torch", "triton", "nvcc", "attention", "varlen", "needs a CUDA device", "template")
+    for word in wanted:
         assert word in done.stdout
 
 

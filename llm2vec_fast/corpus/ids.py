@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 FILE = "ids.sqlite"
@@ -34,7 +35,7 @@ class UniqueIds:
             self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False
         )
         try:
-            self.connection.execute("PRAGMA journal_mode=WAL")
+            _patiently(lambda: self.connection.execute("PRAGMA journal_mode=WAL"))
             self.connection.execute("PRAGMA synchronous=NORMAL")
             self.connection.executescript(TABLES)
         except sqlite3.DatabaseError as error:
@@ -84,3 +85,16 @@ class UniqueIds:
                     f"row {row} of {self.names[source]} has the id {id!r:.80} of row {first[1]} of "
                     f"{self.names[first[0]]}. Make the ids unique, or leave out --unique-ids."
                 )
+
+
+def _patiently(step: Callable[[], object]) -> None:
+    """Runs what SQLite refuses at once, without its own patience, where another rank is at it."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            step()
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.01)

@@ -1,4 +1,5 @@
-"""The CPU's C++ kernels of csrc/, for inference: loading, what they refuse, one function for each.
+"""The CPU's C++ kernels of csrc/, for inference (rope for training too): loading, what they refuse,
+one function for each.
 
 The library is built by setup.py where a C++ compiler is found and loaded at first use; without it
 the CPU computes with plain torch (`eager`). It holds code for AVX2, AVX-512 and AMX and picks by
@@ -39,7 +40,7 @@ def refuses(call: Call) -> str | None:
         return "computes on a CPU"
     if call.dtype not in DTYPES:
         return f"computes in bf16 and fp32, not {call.dtype}"
-    if call.needs_grad or call.dropout:
+    if (call.needs_grad and call.op != "rope_") or call.dropout:
         return "inference only: it has no backward pass"
     try:
         isa = load().isa()
@@ -96,6 +97,20 @@ def rotate_(
     into = qkv_TS if qkv_TS.stride(1) == 1 else qkv_TS.contiguous()
     load().rope_.default(into, positions_T.contiguous(), *tables, n_heads + n_kv_heads)
     return qkv_TS if into is qkv_TS else qkv_TS.copy_(into)
+
+
+def rotated(
+    qkv_TS: Tensor,
+    positions_T: Tensor,
+    cos_PE: Tensor,
+    sin_PE: Tensor,
+    n_heads: int,
+    n_kv_heads: int,
+    inverse: bool = False,
+) -> Tensor:
+    """The same as a new tensor, values copied."""
+    out_TS = qkv_TS.clone(memory_format=torch.contiguous_format)
+    return rotate_(out_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads, inverse)
 
 
 def attention(

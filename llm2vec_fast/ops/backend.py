@@ -7,11 +7,12 @@ the choice is remembered per kind of call, so that asking again is one dictionar
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -58,6 +59,7 @@ _chosen: dict[tuple, str] = {}
 _caches: dict[tuple, dict[tuple, str]] = {(): _chosen}  # what was chosen, by what was forced then
 _arch_of_device: dict[int, int] = {}
 _meta_arch = 90
+_for_gradients = False
 
 
 def register(name: str, refuses: Refusal) -> None:
@@ -102,7 +104,7 @@ def choose(
     """
     if op not in _forced and torch.compiler.is_compiling():
         return "reference"  # plain torch, which the compiler sees into and fuses by itself
-    needs_grad = False
+    needs_grad = _for_gradients
     if torch.is_grad_enabled():
         needs_grad = x.requires_grad
         for other in others:
@@ -117,6 +119,19 @@ def choose(
         )  # fmt: skip
         name = _chosen[key] = _decide(call)
     return name
+
+
+@contextlib.contextmanager
+def chosen_for_gradients() -> Iterator[None]:
+    """In this block calls run on the backends that they would have if a gradient were wanted. What
+    is computed once without a graph and again with one, as in GradCache, so gets the same bits.
+    """
+    global _for_gradients
+    before, _for_gradients = _for_gradients, True
+    try:
+        yield
+    finally:
+        _for_gradients = before
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from llm2vec_fast import ops
 from llm2vec_fast.batch import PackedBatch
 from llm2vec_fast.encoder import LLM2Vec
 from llm2vec_fast.model.transformer import Dropout
+from llm2vec_fast.ops.backend import chosen_for_gradients
 from llm2vec_fast.text import Tokens, pack
 from llm2vec_fast.train.ranks import ALONE, Ranks
 from llm2vec_fast.train.work import send
@@ -99,10 +100,9 @@ class Contrast:
             loss.backward()
             return loss.detach()
         surplus = [batch.chunks[0]] * (passes - len(batch.chunks))
-        with torch.no_grad():
-            packed_BD = torch.cat([self.embed(chunk) for chunk in batch.chunks])
-            for chunk in surplus:
-                self.embed(chunk)
+        packed_BD = torch.cat([self.embed_without_graph(chunk) for chunk in batch.chunks])
+        for chunk in surplus:
+            self.embed_without_graph(chunk)
         packed_BD.requires_grad_()
         loss = self.loss(packed_BD[batch.order], batch) * share
         (grad_BD,) = torch.autograd.grad(loss, packed_BD)
@@ -116,6 +116,11 @@ class Contrast:
     def embed(self, chunk: Chunk) -> Tensor:
         """(B, D) fp32 vectors of a chunk's texts."""
         return self.encoder(chunk.batch, chunk.drop, self.recompute)
+
+    def embed_without_graph(self, chunk: Chunk) -> Tensor:
+        """The same, bit by bit, for little memory."""
+        with torch.no_grad(), chosen_for_gradients():
+            return self.embed(chunk)
 
     def loss(self, vectors_BD: Tensor, batch: Batch) -> Tensor:
         return ops.info_nce(

@@ -81,6 +81,36 @@ def test_ranks_share_it(tmp_path):
         assert connection.execute("SELECT count(*) FROM ids").fetchone() == (2001,)
 
 
+def test_ranks_that_open_it_at_once(tmp_path):
+    """SQLite refuses a change to its write-ahead log without waiting; a rank must not die of it."""
+    died, start = [], threading.Barrier(8)
+
+    def run(folder) -> None:
+        start.wait()
+        try:
+            UniqueIds(folder, NAMES).connection.close()
+        except Exception as error:
+            died.append(error)
+
+    for n in range(40):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        threads = [threading.Thread(target=run, args=(folder,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not died
+
+
+def test_a_file_that_stays_locked_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm2vec_fast.corpus.ids.PATIENCE", 0.05)
+    with sqlite3.connect(tmp_path / FILE) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ValueError, match=r"ids\.sqlite cannot be used: database is locked"):
+            UniqueIds(tmp_path, NAMES)
+
+
 def test_a_broken_file_is_named(tmp_path):
     (tmp_path / FILE).write_bytes(b"not a database" * 100)
     with pytest.raises(ValueError, match=r"ids\.sqlite cannot be used.*deleted"):

@@ -20,7 +20,7 @@ import torch
 
 from llm2vec_fast import ops
 from llm2vec_fast.ops import _cpu, _library, add_rms_norm_ref, attention_ref, rope_ref_, swiglu_ref
-from llm2vec_fast.ops.backend import Call, choose
+from llm2vec_fast.ops.backend import Call, choose, chosen_for_gradients
 
 if (reason := _cpu.refuses(Call("swiglu", "cpu", 0, torch.float32, forced=True))) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -200,6 +200,21 @@ def test_rope(rounded_once, dtype, half, positions):
     torch.testing.assert_close(got, qkv, rtol=0, atol=0.06 if dtype == torch.bfloat16 else 2e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_turns_gradients_back(within_rule, values_and_gradients, dtype):
+    angle = torch.outer(torch.arange(64.0), 10_000.0 ** (-torch.arange(8) / 8))
+    qkv, at = draw(9, 96, dtype=dtype), torch.arange(9)
+    tables = angle.cos(), angle.sin()
+    with torch.enable_grad():
+        ours = values_and_gradients(lambda x: ops.rope_(x * 1, at, *tables, 2, 2), [qkv])
+        with ops.use("reference"):
+            run = lambda x: ops.rope_(x * 1, at, *(t.to(x.dtype) for t in tables), 2, 2)  # noqa: E731
+            exact = values_and_gradients(run, [qkv], torch.float64)
+            plain = values_and_gradients(run, [qkv])
+    for one, other, true in zip(ours, plain, exact, strict=True):
+        within_rule(one[0], other[0], true[0])
+
+
 def test_a_position_outside_of_the_tables_is_refused():
     qkv, tables = torch.zeros(2, 12), (torch.ones(8, 2), torch.zeros(8, 2))
     for wrong in (8, -1):
@@ -307,8 +322,11 @@ def test_where_it_runs():
             for dtype in DTYPES:
                 assert (choose(op, torch.zeros(3, 2, 4, dtype=dtype)) == "cpu") == fast
             assert choose(op, torch.zeros(3, 2, 4, dtype=torch.float16)) != "cpu"
-            with torch.enable_grad():
-                assert choose(op, torch.zeros(3, 2, 4, requires_grad=True)) != "cpu"
+            with torch.enable_grad():  # rope turns gradients back
+                trains = choose(op, torch.zeros(3, 2, 4, requires_grad=True)) == "cpu"
+                assert trains == (fast and op == "rope_")
+            with chosen_for_gradients():
+                assert (choose(op, torch.zeros(3, 2, 4)) == "cpu") == trains
         assert choose("attention", torch.zeros(3, 2, 4), dropout=True) != "cpu"
 
 
