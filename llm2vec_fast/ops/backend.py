@@ -106,7 +106,7 @@ def choose(
         return "reference"  # plain torch, which the compiler sees into and fuses by itself
     needs_grad = _for_gradients
     if torch.is_grad_enabled():
-        needs_grad = x.requires_grad
+        needs_grad = needs_grad or x.requires_grad
         for other in others:
             needs_grad = needs_grad or (other is not None and other.requires_grad)
     device = x.device
@@ -123,8 +123,9 @@ def choose(
 
 @contextlib.contextmanager
 def chosen_for_gradients() -> Iterator[None]:
-    """In this block calls run on the backends that they would have if a gradient were wanted. What
-    is computed once without a graph and again with one, as in GradCache, so gets the same bits.
+    """In this block, or function, calls run on the backends that they would have if a gradient were
+    wanted. What is computed once without a graph and again with one, as in GradCache, so gets the
+    same bits.
     """
     global _for_gradients
     before, _for_gradients = _for_gradients, True

@@ -92,6 +92,7 @@ class Contrast:
     recompute: bool = False
     in_step: Ranks = ALONE  # those that must make equally many passes: they share a sharded base
 
+    @chosen_for_gradients()  # what is recomputed, too
     def backward(self, batch: Batch, share: float = 1.0) -> Tensor:
         """Adds the gradients of share * loss to the parameters; returns share * loss, 0-d."""
         passes = max(self.in_step.everyones(len(batch.chunks)))
@@ -100,9 +101,10 @@ class Contrast:
             loss.backward()
             return loss.detach()
         surplus = [batch.chunks[0]] * (passes - len(batch.chunks))
-        packed_BD = torch.cat([self.embed_without_graph(chunk) for chunk in batch.chunks])
-        for chunk in surplus:
-            self.embed_without_graph(chunk)
+        with torch.no_grad():
+            packed_BD = torch.cat([self.embed(chunk) for chunk in batch.chunks])
+            for chunk in surplus:
+                self.embed(chunk)
         packed_BD.requires_grad_()
         loss = self.loss(packed_BD[batch.order], batch) * share
         (grad_BD,) = torch.autograd.grad(loss, packed_BD)
@@ -113,14 +115,10 @@ class Contrast:
             (0 * self.embed(chunk).sum()).backward()
         return loss.detach()
 
+    @chosen_for_gradients()
     def embed(self, chunk: Chunk) -> Tensor:
-        """(B, D) fp32 vectors of a chunk's texts."""
+        """(B, D) fp32 vectors of a chunk's texts; the same bits with and without a graph."""
         return self.encoder(chunk.batch, chunk.drop, self.recompute)
-
-    def embed_without_graph(self, chunk: Chunk) -> Tensor:
-        """The same, bit by bit, for little memory."""
-        with torch.no_grad(), chosen_for_gradients():
-            return self.embed(chunk)
 
     def loss(self, vectors_BD: Tensor, batch: Batch) -> Tensor:
         return ops.info_nce(
