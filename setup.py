@@ -69,7 +69,8 @@ def find_cxx() -> list[str] | None:
 
 def sources_define() -> str:
     """Tells a library what it was made of; `ops/_library.py` looks whether that is there now."""
-    whole = b"".join(path.read_bytes() for path in sorted(CSRC.iterdir()))
+    kinds = (".cpp", ".cu", ".cuh", ".h")
+    whole = b"".join(path.read_bytes() for path in sorted(CSRC.iterdir()) if path.suffix in kinds)
     return f'-DLLM2VEC_FAST_SOURCES="{hashlib.sha256(whole).hexdigest()[:16]}"'
 
 

@@ -89,18 +89,15 @@ inline Vec turned(Vec x, std::index_sequence<n...>) {
   return __builtin_shufflevector(x, x, ((n + step) % WIDTH)...);
 }
 
-// All numbers of a vector combined, pair by pair.
-template <int step = WIDTH / 2, class F>
-inline float reduced(Vec x, const F& f) {
-  x = f(x, turned<step>(x, std::make_index_sequence<WIDTH>()));
-  if constexpr (step > 1) return reduced<step / 2>(x, f);
+// The sum of all numbers of a vector, pair by pair.
+template <int step = WIDTH / 2>
+inline float sum(Vec x) {
+  x += turned<step>(x, std::make_index_sequence<WIDTH>());
+  if constexpr (step > 1) return sum<step / 2>(x);
   return x[0];
 }
 
 inline Vec larger(Vec x, Vec y) { return x < y ? y : x; }
-inline float sum(Vec x) {
-  return reduced(x, [](Vec a, Vec b) { return a + b; });
-}
 
 // y * 2^turns, turns a whole number.
 inline Vec scaled(Vec y, Vec turns) {

@@ -83,15 +83,7 @@ def swiglu(gate_up_T2F: Tensor) -> Tensor:
     return y.view(*gate_up_T2F.shape[:-1], y.shape[1])
 
 
-def rotate_(
-    qkv_TS: Tensor,
-    positions_T: Tensor,
-    cos_PE: Tensor,
-    sin_PE: Tensor,
-    n_heads: int,
-    n_kv_heads: int,
-    inverse: bool = False,
-) -> Tensor:
+def rotate_(qkv_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads, inverse=False) -> Tensor:
     """Turns queries and keys in place, by the negative angle if `inverse`; gives qkv_TS itself."""
     tables = cos_PE.contiguous(), (-sin_PE if inverse else sin_PE).contiguous()
     into = qkv_TS if qkv_TS.stride(1) == 1 else qkv_TS.contiguous()
@@ -99,18 +91,10 @@ def rotate_(
     return qkv_TS if into is qkv_TS else qkv_TS.copy_(into)
 
 
-def rotated(
-    qkv_TS: Tensor,
-    positions_T: Tensor,
-    cos_PE: Tensor,
-    sin_PE: Tensor,
-    n_heads: int,
-    n_kv_heads: int,
-    inverse: bool = False,
-) -> Tensor:
+def rotated(qkv_TS: Tensor, *arguments, inverse: bool = False) -> Tensor:
     """The same as a new tensor, values copied."""
     out_TS = qkv_TS.clone(memory_format=torch.contiguous_format)
-    return rotate_(out_TS, positions_T, cos_PE, sin_PE, n_heads, n_kv_heads, inverse)
+    return rotate_(out_TS, *arguments, inverse=inverse)
 
 
 def attention(

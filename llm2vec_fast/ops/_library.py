@@ -47,10 +47,14 @@ def _load(path, namespace, fakes, switch):
 def _is_stale(operators) -> bool:
     """Whether the library is not that of this checkout; setup.py told it what it is made of."""
     told = operators.sources()
-    if not told or not CSRC.exists():
-        return False
-    whole = b"".join(path.read_bytes() for path in sorted(CSRC.iterdir()))
-    return told != hashlib.sha256(whole).hexdigest()[:16]
+    return bool(told) and (CSRC / "checks.h").exists() and told != digest(CSRC)
+
+
+def digest(csrc: Path) -> str:
+    """What setup.py, which cannot import this, gives a library as LLM2VEC_FAST_SOURCES."""
+    kinds = (".cpp", ".cu", ".cuh", ".h")
+    whole = b"".join(path.read_bytes() for path in sorted(csrc.iterdir()) if path.suffix in kinds)
+    return hashlib.sha256(whole).hexdigest()[:16]
 
 
 def rows(x: Tensor) -> Tensor:

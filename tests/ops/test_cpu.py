@@ -352,6 +352,7 @@ def test_a_library_of_other_sources_is_told(monkeypatch, tmp_path, what):
     if what == "operators":
         monkeypatch.setattr(_cpu, "_FAKES", {"of_tomorrow": lambda x: x})
     else:
+        (tmp_path / "checks.h").write_text("other")
         monkeypatch.setattr(_library, "CSRC", tmp_path)
     monkeypatch.setattr(_library, "_loaded", {})
     with pytest.raises(RuntimeError, match=r"built from other sources than csrc/ .*=1 python"):

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2vec_fast.ops import _cuda
+from llm2vec_fast.ops import _cuda, _library
 from llm2vec_fast.ops.backend import Call
 
 ROOT = Path(__file__).parents[2]
@@ -237,6 +237,18 @@ def checkout(tmp_path, monkeypatch) -> Path:
         shutil.copy(ROOT / "llm2vec_fast" / name, tree / "llm2vec_fast")
     (tmp_path / "bin").mkdir()
     return tree
+
+
+def test_a_library_is_told_what_it_is_looked_at_for(setup_py, checkout, monkeypatch):
+    """setup.py and the package find the same digest, of sources alone."""
+    monkeypatch.setattr(setup_py, "CSRC", checkout / "csrc")
+    before = setup_py.sources_define()
+    assert f'"{_library.digest(checkout / "csrc")}"' in before
+    (checkout / "csrc/README.md").write_text("other")
+    (checkout / "csrc/notes").mkdir()
+    assert setup_py.sources_define() == before
+    (checkout / "csrc/cpu.h").write_text("other")
+    assert f'"{_library.digest(checkout / "csrc")}"' in setup_py.sources_define() != before
 
 
 def put_nvcc(checkout: Path, compile_: str) -> None:
